@@ -1,0 +1,68 @@
+"""The contract of a data source: a length, random-access reads, and facts about the data."""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+# Normalisation constants of ImageNet, on images in [0, 1], RGB.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IGNORE = 255
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """What a model or a person must know about a data set. It is stored in every checkpoint.
+
+    Attributes:
+      name: the data set's name.
+      classes: class names by label; the length is the number of classes.
+      palette: one RGB triple (0..255) per class.
+      ignore: the label value that is neither learned nor scored.
+      mean, std: per-channel normalisation of images in [0, 1].
+    """
+
+    name: str
+    classes: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
+    ignore: int = IGNORE
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def to_json(self) -> dict:
+        """A JSON-ready dict; :meth:`from_json` inverts it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "DataInfo":
+        """The inverse of :meth:`to_json`."""
+        values = dict(values)
+        for key in ("classes", "mean", "std"):
+            values[key] = tuple(values[key])
+        values["palette"] = tuple(tuple(color) for color in values["palette"])
+        return cls(**values)
+
+
+# One example, as `read` returns it:
+#   "image"      uint8 [H, W, 3], upright
+#   "labels"     uint8 [H, W], class ids, 255 = ignore (absent in sources without labels)
+#   "instances"  uint16 [H, W], 0 = none (only in sources that have instances)
+#   "id"         str, unique in the source: the file name, or a generated name
+Example = dict[str, np.ndarray | str]
+
+
+class Source(Protocol):
+    """Random access to examples. `read(i)` is a pure function of `i`: safe from several threads, any order."""
+
+    info: DataInfo
+
+    def __len__(self) -> int: ...
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of example `index`, upright, without decoding the pixels."""
+        ...
+
+    def read(self, index: int) -> Example:
+        """Reads and decodes one example; :class:`~jax_densevit.errors.UserError` naming the file when it cannot."""
+        ...

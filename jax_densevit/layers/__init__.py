@@ -1,0 +1,1 @@
+"""Layers: attention, transformer blocks, embeddings, convolutions, resizing. Flax Linen and pure functions."""

@@ -1,0 +1,1 @@
+"""Streaming metrics; they know no network."""

@@ -1,0 +1,27 @@
+"""What every dense model returns."""
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class DenseOutput:
+    """Predictions of a dense model, at the resolutions where its heads computed them.
+
+    A model does not resize its logits to the image: that last bilinear step is fused with the loss (by row blocks) or
+    with decoding, so full-size logits of several heads are never in memory together.
+
+    Attributes:
+      logits: `[B, h, w, K]` float32. For regression these are the K output channels of the picture.
+      auxiliary: `[B, h_i, w_i, K]` float32 each, the auxiliary heads, in the order of the model's documentation.
+        Empty when the model has none or was called with `train=False`.
+      features: intermediate maps by name (`[B, h, w, C]`), filled only by models that document them.
+      covers: (height, width) in pixels of the image area that `logits` and `auxiliary` stretch over. It is the input
+        size, or larger where the model padded the bottom and the right inside: resize the logits to `covers`, then cut
+        `[:H, :W]`.
+    """
+
+    logits: jax.Array
+    auxiliary: tuple[jax.Array, ...] = ()
+    features: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    covers: tuple[int, int] = flax.struct.field(pytree_node=False, default=(0, 0))

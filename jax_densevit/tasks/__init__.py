@@ -1,0 +1,1 @@
+"""What is learned: loss, decoding, metrics and picture sheet, one file per task."""

@@ -1,0 +1,67 @@
+"""The contract of a task: what is learned, decoded, measured and drawn. The trainer knows this file and no task by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import numpy as np
+from PIL import Image
+
+from jax_densevit.metrics.metric import Metric
+
+Batch = dict[str, Any]  # "image" uint8 [B,H,W,3], "labels" uint8 [B,H,W], "mask" bool [B] in evaluation, ...
+
+
+@flax.struct.dataclass
+class LossTerm:
+    """A loss as a sum and a weight, never a mean, so that parts add up exactly.
+
+    The trainer minimises the sum over terms of `coefficient * sum / weight`, where `sum` and `weight` are totals over
+    the whole global batch: microbatches, padding and hosts change nothing. `weight` must not depend on parameters.
+    """
+
+    sum: jax.Array
+    weight: jax.Array
+    coefficient: float = flax.struct.field(pytree_node=False, default=1.0)
+
+
+class Task(Protocol):
+    """Pure functions over batches. All arrays may be sharded over the batch axis."""
+
+    def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
+        """The model's positional arguments from a batch: normalised float32 images, most often. Runs inside `jit`."""
+        ...
+
+    def loss(self, output: Any, batch: Batch) -> dict[str, LossTerm]:
+        """Named loss terms of one (micro)batch from the model's output in training mode. Runs inside `jit`."""
+        ...
+
+    def decode(self, forward: Callable[..., Any], batch: Batch) -> Batch:
+        """Predictions for a batch of equal-sized images, keyed by name, e.g. `{"labels": int32 [B, H, W]}`.
+
+        `forward(*inputs)` is the jitted model in evaluation mode, parameters bound. `decode` itself is plain Python
+        that calls jitted pieces, so a sliding window compiles once whatever the sizes of the images.
+        """
+        ...
+
+    def metrics(self) -> dict[str, Metric]:
+        """The streaming metrics by name; :meth:`measure` feeds them."""
+        ...
+
+    def measure(self, predictions: Batch, batch: Batch) -> dict[str, Any]:
+        """Per-batch counts by metric name. Runs inside `jit`; examples whose `batch["mask"]` is False count nothing."""
+        ...
+
+    def summary(self, results: dict[str, dict[str, Any]]) -> dict[str, float]:
+        """The few numbers of an evaluation worth a line on the screen, e.g. `{"mIoU": 0.71}`; the first is 'the' score."""
+        ...
+
+    def sheet(self, examples: list[dict[str, np.ndarray]]) -> Image.Image:
+        """A picture sheet: one row per example (`image`, `labels`, and predictions under `predicted_<name>`)."""
+        ...
+
+    def write(self, image: np.ndarray, prediction: dict[str, np.ndarray], folder: Path, stem: str) -> list[Path]:
+        """Writes what `predict` promises for one image (files named after `stem`); returns their paths."""
+        ...

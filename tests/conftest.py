@@ -1,0 +1,40 @@
+"""Test set-up: CPU, eight virtual devices, fast compiles, a compile cache, shapes checked at run time."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Tiny models: compiling costs more than running.
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "jax_densevit_test_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reference-data", default=None, help="a folder with `goldens/` and `data/`: run the extra suite on it")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The extra suite is collected only when its data is named: there is nothing to skip."""
+    if config.getoption("--reference-data") is None:
+        kept = [item for item in items if "reference" not in item.keywords]
+        dropped = [item for item in items if "reference" in item.keywords]
+        if dropped:
+            config.hook.pytest_deselected(items=dropped)
+            items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def reference_data(request) -> Path:
+    """The folder given by `--reference-data`."""
+    return Path(request.config.getoption("--reference-data")).resolve()
