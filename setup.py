@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "jax_densevit/__init__.py").read_text(encoding="utf-8")).group(1)
 X86_LINUX = "platform_system == 'Linux' and platform_machine == 'x86_64'"
+ELSEWHERE = "platform_system != 'Linux' or platform_machine != 'x86_64'"
 
 setup(
     name="jax_densevit",
@@ -30,7 +31,7 @@ setup(
         "numpy>=2.0",
         # TensorFlow only feeds: the CPU build is enough, where there is one.
         f"tensorflow-cpu>=2.21; {X86_LINUX}",
-        f"tensorflow>=2.21; not ({X86_LINUX})",
+        f"tensorflow>=2.21; {ELSEWHERE}",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "tensorboard",  # tf.summary needs it and does not say so
