@@ -5,8 +5,18 @@ by name (`model`, `task`, a data source, an optimizer) take that object's own ke
 sections have exactly the fields below.
 """
 
+import ast
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from jax_densevit.errors import UserError, did_you_mean
 
 
 def default_config() -> ConfigDict:
@@ -85,3 +95,164 @@ def default_evaluator() -> ConfigDict:
             "decode": {},  # overrides of the task's decoding fields for this evaluator, e.g. {"mode": "slide"}
         }
     )
+
+
+# Sections whose fields are the keyword arguments of what they name: any key may be added, the object checks it.
+_OPEN = re.compile(r"^(model|task|data\.train|eval\.[^.]+\.data|eval\.[^.]+\.decode)(\.|$)")
+
+
+def words(arg: str, *known: str) -> frozenset[str]:
+    """The words of a config argument (`file.py:large,quick`), each of them known; `UserError` for one that is not."""
+    given = [word for word in arg.split(",") if word]
+    for word in given:
+        if word not in known:
+            raise UserError(f"The config takes no argument {word!r}{did_you_mean(word, known)}")
+    return frozenset(given)
+
+
+def choose(given: frozenset[str], *options: str, default: str | None = None) -> str:
+    """The one of `options` among the words of a config argument; the default (the first) when none of them is given."""
+    chosen = [option for option in options if option in given]
+    if len(chosen) > 1:
+        raise UserError(f"The config argument names both {chosen[0]!r} and {chosen[1]!r}; keep one of them.")
+    return chosen[0] if chosen else (options[0] if default is None else default)
+
+
+def split_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Takes the `--config.a.b=value` flags out of a command line: ({"a.b": "value"}, the other arguments)."""
+    overrides, rest, arguments = {}, [], iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        path, equals, value = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(arguments, None)
+            if value is None:
+                raise UserError(f"{argument} has no value; write {argument}=VALUE.")
+        overrides[path] = value
+    return overrides, rest
+
+
+def read_config(path: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """Reads `file.py` or `file.py:arg`, applies overrides (`{"optimizer.learning_rate": "1e-3"}`) and checks every key.
+
+    Raises:
+      UserError: no such file, no `get_config`, an argument or key that does not exist (with the nearest name), a value
+        of the wrong type, or values that contradict each other.
+    """
+    file, colon, arg = path.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"There is no config file {file!r}; configs of the library live in configs/.")
+    spec = importlib.util.spec_from_file_location(f"_config_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{file}, line {error.lineno}: {error.msg}.") from error
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"{file} defines no get_config(arg); see configs/quickstart.py for the form.")
+    config = module.get_config(arg) if colon else module.get_config()
+    for key, value in (overrides or {}).items():
+        _override(config, key, value)
+    check_config(config)
+    return config
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises :class:`UserError` for a key that no section knows, or for values that contradict each other."""
+    _check_keys(config, default_config(), "")
+    for name, evaluator in config.eval.items():
+        _check_keys(evaluator, default_evaluator(), f"eval.{name}")
+    if (config.steps is None) == (config.epochs is None):
+        raise UserError("Set exactly one of config.steps and config.epochs: how long to train.")
+    if config.batch_size < 1 or config.batch_size % config.accumulate:
+        raise UserError(
+            f"config.batch_size={config.batch_size} must be a positive multiple of "
+            f"config.accumulate={config.accumulate}."
+        )
+    if config.data.on_bad not in ("fail", "skip"):
+        raise UserError(f"config.data.on_bad={config.data.on_bad!r} must be 'fail' or 'skip'.")
+    best = config.checkpoint.best
+    if best and best.partition("/")[0] not in config.eval:
+        raise UserError(f"config.checkpoint.best={best!r} names no evaluator{did_you_mean(best, config.eval)}")
+
+
+def config_from_json(values: Mapping) -> ConfigDict:
+    """The inverse of `config.to_dict()` through JSON: lists become tuples again, missing new fields their defaults."""
+    config = default_config()
+    with config.unlocked():
+        _merge(config, _tuples(values))
+    for name in list(config.eval):
+        evaluator = default_evaluator()
+        with evaluator.unlocked():
+            _merge(evaluator, config.eval[name].to_dict())
+        with config.unlocked():
+            config.eval[name] = evaluator
+    return config
+
+
+def config_hash(config: ConfigDict) -> str:
+    """SHA-256 of the resolved config as canonical JSON, hex."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _tuples(value):
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _merge(config: ConfigDict, values: Mapping) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(config.get(key), ConfigDict):
+            _merge(config[key], value)
+        elif value is not None or key not in config:
+            config[key] = ConfigDict(dict(value)) if isinstance(value, Mapping) else value
+
+
+def _check_keys(config: ConfigDict, known: ConfigDict, prefix: str) -> None:
+    for key, value in config.items():
+        path = f"{prefix}.{key}" if prefix else key
+        if _OPEN.match(path) or (prefix == "eval" and isinstance(value, ConfigDict)):
+            continue
+        if key not in known:
+            raise UserError(f"There is no config field config.{path}{did_you_mean(key, known)}")
+        if isinstance(value, ConfigDict):
+            _check_keys(value, known[key], path)
+
+
+def _override(config: ConfigDict, path: str, text: str) -> None:
+    *sections, last = path.split(".")
+    node = config
+    for depth, section in enumerate(sections):
+        if not isinstance(node, ConfigDict) or section not in node:
+            at = ".".join(["config", *sections[:depth]])
+            known = node.keys() if isinstance(node, ConfigDict) else ()
+            raise UserError(f"--config.{path}: {at} has no section {section!r}{did_you_mean(section, known)}")
+        node = node[section]
+    if not isinstance(node, ConfigDict) or (last not in node and not _OPEN.match(path)):
+        known = node.keys() if isinstance(node, ConfigDict) else ()
+        raise UserError(f"--config.{path}: there is no such field{did_you_mean(last, known)}")
+    kind = node.get_type(last) if last in node else None
+    if kind is not None and issubclass(kind, ConfigDict):
+        raise UserError(f"--config.{path} is a section; set one of its fields: {', '.join(node[last].keys())}.")
+    with config.unlocked():
+        node[last] = _parse(path, text, None if kind is type(None) else kind)
+
+
+def _parse(path: str, text: str, kind: type | None):
+    """`text` as a value of type `kind`; as a Python literal, else a string, where no type is known."""
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        value = text
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if kind is not None and type(value) is not kind:
+        raise UserError(f"--config.{path}={text}: expected a value of type {kind.__name__}.")
+    return value

@@ -5,7 +5,8 @@ and leave with a non-zero exit code; anything else that escapes is a defect of o
 """
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -19,3 +20,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known)}." if known else "."
+
+
+def check_name(what: str, name: str, known: Iterable[str]) -> None:
+    """Raises :class:`UserError` with the nearest known name when `name` is not among `known`; `what` says of what."""
+    known = list(known)
+    if name not in known:
+        raise UserError(f"There is no {what} named {name!r}{did_you_mean(name, known)}")
+
+
+def check_options(owner: str, build: Callable, options: Iterable[str], taken: Iterable[str] = ()) -> None:
+    """Raises :class:`UserError` for an option that the class or function `build` does not take, or that is set elsewhere."""
+    known = [name for name in inspect.signature(build).parameters if name not in taken]
+    for option in options:
+        if option not in known:
+            raise UserError(f"{owner} has no option {option!r}{did_you_mean(option, known)}")

@@ -21,7 +21,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--reference-data", default=None, help="a folder with `goldens/` and `data/`: run the extra suite on it")
+    parser.addoption(
+        "--reference-data", default=None, help="a folder with `goldens/` and `data/`: run the extra suite on it"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

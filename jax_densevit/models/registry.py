@@ -1,14 +1,13 @@
 """Models by name. One decorator registers, one function builds, one lists."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jax_densevit.errors import UserError, did_you_mean
+from jax_densevit.errors import UserError, check_name, check_options, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +66,7 @@ def registered_models() -> dict[str, Entry]:
 
 def find_model(name: str) -> Entry:
     """The registry entry of `name`; :class:`UserError` with the nearest name when there is none."""
-    if name not in _REGISTRY:
-        raise UserError(f"There is no model named {name!r}{did_you_mean(name, _REGISTRY)}")
+    check_name("model", name, _REGISTRY)
     return _REGISTRY[name]
 
 
@@ -87,16 +85,15 @@ def create_model(name: str, variant: str | None = None, **options: Any) -> nn.Mo
     variant = entry.default_variant if variant is None else variant
     if variant not in entry.variants:
         raise UserError(f"Model {name!r} has no variant {variant!r}{did_you_mean(variant, entry.variants)}")
-    known = [p for p in inspect.signature(entry.build).parameters if p not in ("parent", "name")]
-    for option in options:
-        if option not in known:
-            raise UserError(f"Model {name!r} has no option {option!r}{did_you_mean(option, known)}")
+    check_options(f"Model {name!r}", entry.build, options, taken=("parent", "name"))
     options = {**entry.variants[variant], **options}
     if isinstance(options.get("dtype"), str):
         try:
             options["dtype"] = jnp.dtype(options["dtype"])
         except TypeError as error:
-            raise UserError(f"Model {name!r}: dtype {options['dtype']!r} is not a number type; try 'bfloat16'.") from error
+            raise UserError(
+                f"Model {name!r}: dtype {options['dtype']!r} is not a number type; try 'bfloat16'."
+            ) from error
     # Lists from configs and JSON become tuples: Flax module fields must be hashable.
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     return entry.build(**options)

@@ -1,4 +1,4 @@
-"""The contract of a task: what is learned, decoded, measured and drawn. The trainer knows this file and no task by name."""
+"""The contract of a task: what is learned, decoded, measured and drawn. The trainer knows only this file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,13 @@ class LossTerm:
 
 
 class Task(Protocol):
-    """Pure functions over batches. All arrays may be sharded over the batch axis."""
+    """Pure functions over batches. All arrays may be sharded over the batch axis.
+
+    Attributes:
+      num_outputs: output channels that a dense model needs for this task (its `num_classes`).
+    """
+
+    num_outputs: int
 
     def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
         """The model's positional arguments from a batch: normalised float32 images, most often. Runs inside `jit`."""
@@ -55,7 +61,7 @@ class Task(Protocol):
         ...
 
     def summary(self, results: dict[str, dict[str, Any]]) -> dict[str, float]:
-        """The few numbers of an evaluation worth a line on the screen, e.g. `{"mIoU": 0.71}`; the first is 'the' score."""
+        """The few numbers worth a line on the screen, e.g. `{"mIoU": 0.71}`; the first is 'the' score."""
         ...
 
     def sheet(self, examples: list[dict[str, np.ndarray]]) -> Image.Image:
