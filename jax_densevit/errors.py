@@ -30,7 +30,7 @@ def check_name(what: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_options(owner: str, build: Callable, options: Iterable[str], taken: Iterable[str] = ()) -> None:
-    """Raises :class:`UserError` for an option that the class or function `build` does not take, or that is set elsewhere."""
+    """Raises :class:`UserError` for an option that `build` does not take, or that is in `taken` (set elsewhere)."""
     known = [name for name in inspect.signature(build).parameters if name not in taken]
     for option in options:
         if option not in known:

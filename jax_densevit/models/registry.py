@@ -1,6 +1,7 @@
 """Models by name. One decorator registers, one function builds, one lists."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,11 @@ class Entry:
     macs: Callable[[nn.Module, tuple[int, int]], int]
     image_size: tuple[int, int]
     num_classes: int
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the keyword arguments that the module takes."""
+        return tuple(p for p in inspect.signature(self.build).parameters if p not in ("parent", "name"))
 
 
 _REGISTRY: dict[str, Entry] = {}

@@ -1,0 +1,279 @@
+"""Where a config becomes objects: source, model, task, optimizer, mesh, evaluators. And a workdir a model again.
+
+`build(config)` is what training starts from; `load(workdir)` is what evaluation, prediction and users start from: it
+needs nothing but the checkpoint, neither the data set nor the config file.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import jax_densevit
+from jax_densevit.configuration import check_config, config_from_json
+from jax_densevit.data.augment import augment as augment_batch
+from jax_densevit.data.pipeline import train_stream
+from jax_densevit.data.source import DataInfo, Source
+from jax_densevit.data.sources import create_source
+from jax_densevit.errors import UserError, did_you_mean
+from jax_densevit.models import create_model
+from jax_densevit.models.registry import find_model
+from jax_densevit.tasks import create_task
+from jax_densevit.tasks.task import Task
+from jax_densevit.training.checkpoint import Checkpoints
+from jax_densevit.training.mesh import make_mesh
+from jax_densevit.training.optimizer import make_optimizer
+
+_VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """One entry of `config.eval`: a source, a task with this evaluator's decoding, and when to run."""
+
+    name: str
+    source: Source
+    task: Task
+    every: int
+    batch_size: int
+    limit: int
+    sheet: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that training needs, built from one config.
+
+    Attributes:
+      config: the resolved config.
+      info: facts about the training data (classes, palette, normalisation).
+      source: the training source.
+      model: the Flax module.
+      task: loss, decoding, metrics.
+      mesh: devices as ("data", "fsdp", "tensor").
+      steps: number of optimizer steps.
+      evaluators: in the order of the config.
+      augment: batch -> batch on the device, or None.
+    """
+
+    config: ConfigDict
+    info: DataInfo
+    source: Source
+    model: Any
+    task: Task
+    mesh: Mesh
+    steps: int
+    evaluators: tuple[Evaluator, ...]
+    augment: Callable[[dict], dict] | None
+
+    def make_optimizer(self, params):
+        """(optax transformation, schedule) for a parameter tree (arrays or shapes)."""
+        return make_optimizer(self.config.optimizer, params, self.steps)
+
+    def train_stream(self, start_step: int) -> Iterator[dict]:
+        """This host's rows of every global training batch from `start_step` on."""
+        data = self.config.data
+        return train_stream(
+            self.source,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            crop=tuple(data.crop),
+            resize_box=tuple(data.resize_box),
+            resize_ratio=tuple(data.resize_ratio),
+            max_class_ratio=data.max_class_ratio,
+            on_bad=data.on_bad,
+            threads=data.threads,
+            start_step=start_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def macs(self) -> int | None:
+        """Multiply-accumulates of one forward pass of one training crop, counted analytically; None if not known."""
+        size = tuple(self.config.data.crop)
+        return find_model(self.config.model.name).macs(self.model, size) if all(size) else None
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says about itself: config, data, versions. JSON-ready."""
+        return {
+            "config": self.config.to_dict(),
+            "info": self.info.to_json(),
+            "model_options": _model_options(self.config, self.task),
+            "versions": versions(),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A trained model, ready to use: `task.decode(loaded.forward, batch)`.
+
+    Attributes:
+      model: the Flax module.
+      variables: {"params": ..., "batch_stats": ...} (the moving average of the parameters where one was kept).
+      task: decoding, metrics and pictures; `task.inputs` normalises as in training.
+      info: facts about the data it was trained on.
+      config: the config it was trained with.
+      step: the step it was saved at.
+      forward: jitted `forward(*inputs) -> output` in evaluation mode, parameters bound.
+    """
+
+    model: Any
+    variables: dict[str, Any]
+    task: Task
+    info: DataInfo
+    config: ConfigDict
+    step: int
+    forward: Callable[..., Any]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, and the git commit when run from a checkout."""
+    found = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    found |= {"jax_densevit": jax_densevit.__version__, "python": platform.python_version()}
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+        found["commit"] = commit.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass  # installed from a wheel, or no git: the version says it
+    return found
+
+
+def build(config: ConfigDict, devices: list | None = None) -> Experiment:
+    """Builds an experiment on `devices` (all of them by default).
+
+    Raises:
+      UserError: a name or option that does not exist, data that cannot be found, a mesh that does not fit.
+    """
+    check_config(config)
+    source = _source(config.data.train, "data.train")
+    info = source.info
+    task = _task(config, info)
+    mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
+    if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate):
+        raise UserError(
+            f"config.batch_size={config.batch_size} must be a multiple of devices x microbatches = "
+            f"{mesh.shape['data'] * mesh.shape['fsdp']} x {config.accumulate}."
+        )
+    steps = config.steps
+    if steps is None:
+        steps = math.ceil(config.epochs * len(source) / config.batch_size)
+    data = config.data
+    augment = None
+    if data.flip or data.vertical_flip or data.rotate90 or data.photometric:
+
+        def augment(batch):
+            return augment_batch(
+                batch,
+                flip=data.flip,
+                vertical_flip=data.vertical_flip,
+                rotate90=data.rotate90,
+                photometric=data.photometric,
+            )
+
+    return Experiment(
+        config=config,
+        info=info,
+        source=source,
+        model=create_model(**_model_options(config, task)),
+        task=task,
+        mesh=mesh,
+        steps=steps,
+        evaluators=build_evaluators(config, info),
+        augment=augment,
+    )
+
+
+def build_evaluators(config: ConfigDict, info: DataInfo, names: tuple[str, ...] | None = None) -> tuple[Evaluator, ...]:
+    """The evaluators of a config (or those named), each with its own source and decoding."""
+    for name in names or ():
+        if name not in config.eval:
+            raise UserError(f"The config has no evaluator {name!r}{did_you_mean(name, config.eval)}")
+    evaluators = []
+    for name in names or tuple(config.eval):
+        options = config.eval[name]
+        source = _source(options.data, f"eval.{name}.data")
+        if source.info.classes != info.classes:
+            raise UserError(
+                f"config.eval.{name}.data has the classes {source.info.classes}, but training has {info.classes}."
+            )
+        evaluators.append(
+            Evaluator(
+                name=name,
+                source=source,
+                task=_task(config, info, options.decode.to_dict()),
+                every=options.every,
+                batch_size=options.batch_size or config.batch_size,
+                limit=options.limit,
+                sheet=options.sheet,
+            )
+        )
+    return tuple(evaluators)
+
+
+def load(workdir: str | Path, step: int | None = None, which: str = "best", decode: dict | None = None) -> Loaded:
+    """Loads a trained model from its workdir, on whatever devices are here.
+
+    Args:
+      workdir: the folder that training wrote.
+      step: the step to load; None takes the best one where the config named a score, else the latest.
+      which: "best" prefers the moving average of the parameters where one was kept; "ema" or "params" insist.
+      decode: overrides of the task's decoding options, e.g. `{"mode": "slide", "flip": True}`.
+
+    Raises:
+      UserError: no intact checkpoint there (never returns random weights).
+    """
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.preferred_step() if step is None else step
+    meta = checkpoints.read_meta(step)
+    config = config_from_json(meta["config"])
+    info = DataInfo.from_json(meta["info"])
+    task = _task(config, info, decode)
+    model = create_model(**meta["model_options"])
+    which = ("ema" if config.ema else "params") if which == "best" else which
+    variables = checkpoints.restore_variables(step, which)
+    apply = jax.jit(lambda variables, *inputs: model.apply(variables, *inputs, train=False))
+
+    def forward(*inputs):
+        return apply(variables, *inputs)
+
+    return Loaded(model, variables, task, info, config, step, forward)
+
+
+def _source(options: ConfigDict, where: str) -> Source:
+    options = options.to_dict()
+    name = options.pop("name")
+    if not name:
+        raise UserError(f"config.{where}.name is empty: name a data source there, e.g. 'digit_scenes'.")
+    source = create_source(name, **options)
+    if not len(source):
+        raise UserError(f"config.{where} ({name}) is empty: it has no example.")
+    return source
+
+
+def _task(config: ConfigDict, info: DataInfo, decode: dict | None = None) -> Task:
+    options = {**config.task.to_dict(), **(decode or {})}
+    return create_task(options.pop("name"), info, **options)
+
+
+def _model_options(config: ConfigDict, task: Task) -> dict[str, Any]:
+    options = config.model.to_dict()
+    if not options["name"]:
+        raise UserError("config.model.name is empty: name a model there; `python -m jax_densevit.models` lists them.")
+    if "num_classes" in find_model(options["name"]).options:
+        options.setdefault("num_classes", task.num_outputs)
+    return options
