@@ -1,0 +1,176 @@
+"""Image files to arrays, always through Pillow and always by content, never by the file's suffix.
+
+What comes out, whatever went in:
+
+* images are uint8 RGB, upright: the EXIF orientation is applied;
+* transparency (alpha channels, palette or colour-key transparency) is composited on white;
+* 16-bit gray is scaled by 1/257 and rounded (65535 becomes 255); Pillow itself reduces 16-bit colour to its high bytes;
+* CMYK and YCCK become RGB without colour management; ICC profiles and gamma are ignored;
+* of animations and multi-page files the first frame is taken;
+* floating point and 32-bit files are refused, since nothing says which value is white;
+* files of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` are refused before memory is allocated.
+
+Every function raises :class:`UserError` that names the file and the cause when it cannot.
+"""
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from jax_densevit.errors import UserError
+
+# No format that runs another program (EPS) or is rarely tested.
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "TGA", "JPEG2000", "AVIF")
+BACKGROUND = (255, 255, 255)  # transparent pixels show it
+_ORIENTATION = 0x0112
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Reads an image file: uint8 [H, W, 3], RGB, upright. The rules are in the module's docstring."""
+    with _opened(path) as image:
+        image.load()
+        return _to_rgb(_upright(image), path)
+
+
+def read_labels(path: str | os.PathLike) -> np.ndarray:
+    """Reads a label map without interpreting it: ids, never colours turned gray.
+
+    Returns:
+      uint8 [H, W]: palette indices, 8-bit (or 1, 2, 4-bit) gray values; uint16 [H, W]: 16-bit gray values; or
+      uint8 [H, W, 3] for an RGB mask, which only a caller with a palette can turn into ids.
+    """
+    with _opened(path) as image:
+        scale = _gray_scale(image)
+        image.load()
+        image = _upright(image)
+        if image.mode in ("LA", "RGBA", "PA"):
+            if image.getchannel("A").getextrema()[0] < 255:
+                raise UserError(f"{path}: a label map must not be transparent; save it without an alpha channel.")
+            image = image.convert(image.mode[:-1]) if image.mode != "PA" else image.convert("P")
+        if image.mode == "1":
+            return np.array(image, np.uint8)
+        if image.mode in ("L", "P", "RGB"):
+            labels = np.array(image)
+            return labels // scale if scale > 1 else labels
+        if image.mode.startswith("I"):
+            labels = np.asarray(image)
+            if labels.min() < 0 or labels.max() > 65535:
+                raise UserError(
+                    f"{path}: label values from {labels.min()} to {labels.max()} do not fit 16 bits; "
+                    "write ids between 0 and 65535."
+                )
+            return labels.astype(np.uint16)
+        raise UserError(
+            f"{path}: pixels of Pillow's mode {image.mode!r} are no label ids; save 8 or 16-bit gray, or palette PNG."
+        )
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of an image file as it is displayed (after EXIF orientation), without decoding the pixels."""
+    with _opened(path) as image:
+        if image.format == "PNG" and _has_late_metadata(path):
+            image.load()
+        width, height = image.size
+        # Pillow's TIFF reader reports the displayed size by itself.
+        turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
+        return (width, height) if turned else (height, width)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An image file with its header read; every failure of the file system or of Pillow inside becomes a UserError."""
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise Image.DecompressionBombError
+            yield image
+    except (UserError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(
+            f"{path}: the image has more than {Image.MAX_IMAGE_PIXELS} pixels, the limit; "
+            "cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS in the config file if you trust it."
+        ) from error
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        raise UserError(f"{path}: {_cause(Path(path), error)}") from error
+
+
+def _cause(path: Path, error: Exception) -> str:
+    """What is wrong with a file that could not be read, and the way out."""
+    if path.is_dir():
+        return "this is a folder, not an image file; give the files inside it."
+    if isinstance(error, PermissionError):
+        return "no permission to read this file."
+    if not path.exists():
+        if path.is_symlink():
+            return f"this is a link to {os.readlink(path)}, which does not exist."
+        return "there is no such file."
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if not start:
+        return "this file is empty; fetch it again."
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<body")):
+        return "this is a web page, not an image; the download failed: fetch it again."
+    if start.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not an image; run `git lfs pull`."
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"this is not an image that Pillow knows as one of {', '.join(FORMATS)}."
+    return f"the image is truncated or damaged ({str(error) or type(error).__name__}); replace or remove it."
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation 1..8; damaged EXIF data counts as none."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except (OSError, SyntaxError, ValueError, struct.error, KeyError, TypeError):
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
+
+
+def _to_rgb(image: Image.Image, path) -> np.ndarray:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        gray = np.asarray(image).astype(np.uint32)
+        gray = ((gray + 128) // 257).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"{path}: pixels are {'32-bit integers' if image.mode == 'I' else 'floating point'}, "
+            "and nothing says which value is white; convert the file to 8 or 16 bits."
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _gray_scale(image: Image.Image) -> int:
+    """What Pillow multiplies 2 and 4-bit gray values by while it decodes (must be asked before `load`)."""
+    arguments = image.tile[0][3] if image.tile else ""
+    raw_mode = arguments if isinstance(arguments, str) else (arguments or ("",))[0]
+    return {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
+
+
+def _has_late_metadata(path: str | os.PathLike) -> bool:
+    """Whether a PNG file has chunks after its pixels: an orientation there is seen only after decoding."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        pixels_seen = False
+        while len(header := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if kind == b"IEND":
+                return False
+            if kind == b"IDAT":
+                pixels_seen = True
+            elif pixels_seen:
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+    return False

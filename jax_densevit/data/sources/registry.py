@@ -1,0 +1,53 @@
+"""Data sources by name: one decorator registers a class or function, one function builds."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from jax_densevit.data.source import Source
+from jax_densevit.errors import UserError, did_you_mean
+
+_REGISTRY: dict[str, Callable[..., Source]] = {}
+
+
+def register_source(name: str):
+    """Decorator that enters a source (a class, or a function that returns one) under `name`.
+
+    Its keyword arguments are the options that a config gives beside the name; those without a default are required.
+    """
+
+    def enter(build):
+        if name in _REGISTRY:
+            raise ValueError(f"source {name!r} is registered twice")
+        _REGISTRY[name] = build
+        return build
+
+    return enter
+
+
+def registered_sources() -> dict[str, Callable[..., Source]]:
+    """All registered sources by name (a copy, sorted)."""
+    import jax_densevit.data.sources  # noqa: F401  registers the package's own sources
+
+    return {name: _REGISTRY[name] for name in sorted(_REGISTRY)}
+
+
+def create_source(name: str, **options: Any) -> Source:
+    """Builds a source from its registered name: `create_source("ade20k", folder="...", split="train")`.
+
+    Raises:
+      UserError: unknown name or option, each with the nearest known one; a required option that is missing; and
+        whatever the source itself finds wrong (a missing folder, an empty split).
+    """
+    known_sources = registered_sources()
+    if name not in known_sources:
+        raise UserError(f"There is no data source named {name!r}{did_you_mean(name, known_sources)}")
+    build = known_sources[name]
+    parameters = inspect.signature(build).parameters
+    for option in options:
+        if option not in parameters:
+            raise UserError(f"Data source {name!r} has no option {option!r}{did_you_mean(option, parameters)}")
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in options:
+            raise UserError(f"Data source {name!r} needs the option {parameter.name!r}: give it in the config.")
+    return build(**options)
