@@ -1,0 +1,107 @@
+"""Resizing of feature maps, logits and label maps `[..., height, width, channels]`.
+
+:func:`resize_bilinear` gives the numbers of PyTorch's `F.interpolate(mode="bilinear")`, up and down, in both
+conventions for the corners: what every published dense model was trained with. There is no antialiasing; the
+photographs of the data pipeline are resized elsewhere.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool = False) -> jax.Array:
+    """Resizes the two axes before the last by linear interpolation between the two nearest samples.
+
+    Args:
+      x: `[..., h, w, C]`, a floating-point type. Half precision is interpolated in float32 and rounded once.
+      size: (height, width) of the result.
+      align_corners: False puts output sample i at `(i + 0.5) * h / height - 0.5` (clamped to the border), the pixel
+        areas coincide; True puts it at `i * (h - 1) / (height - 1)`, the centres of the corner pixels coincide.
+
+    Returns:
+      `[..., height, width, C]` of the type of `x`.
+
+    Raises:
+      TypeError: `x` is not floating point (label maps go through :func:`resize_nearest`).
+      ValueError: `size` is not positive.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"resize_bilinear needs floating-point values, not {x.dtype}")
+    _check_size(size)
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    axes = [(x.ndim - 3, size[0]), (x.ndim - 2, size[1])]
+    # The axis that grows least goes first: less to carry into the second.
+    axes.sort(key=lambda axis: axis[1] / x.shape[axis[0]])
+    for axis, length in axes:
+        y = _resize_axis(y, axis, length, align_corners)
+    return y.astype(x.dtype)
+
+
+def resize_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Resizes the two axes before the last by taking sample `floor(i * h / height)`, PyTorch's `mode="nearest"`.
+
+    Args:
+      x: `[..., h, w, C]` of any type.
+      size: (height, width) of the result.
+
+    Returns:
+      `[..., height, width, C]` of the type of `x`; every value occurs in `x`.
+    """
+    _check_size(size)
+    for axis, length in ((x.ndim - 3, size[0]), (x.ndim - 2, size[1])):
+        given = x.shape[axis]
+        if length % given == 0:
+            x = jnp.repeat(x, length // given, axis=axis)
+        else:
+            x = jnp.take(x, np.arange(length) * given // length, axis=axis)
+    return x
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be a positive (height, width), not {size}")
+
+
+def _resize_axis(x: jax.Array, axis: int, length: int, align_corners: bool) -> jax.Array:
+    given = x.shape[axis]
+    if length == given:
+        return x
+    if length % given == 0 and not align_corners:
+        return _enlarge_axis(x, axis, length // given)
+    # A dense matrix of two entries per row: on matrix units it costs little, and its transpose (the gradient) is the
+    # same kind of product, where the gradient of a gather would be a slow scatter in no fixed order of summation.
+    weights = jnp.asarray(_interpolation_matrix(given, length, align_corners), x.dtype)
+    y = jnp.tensordot(weights, x, axes=((1,), (axis,)), precision=jax.lax.Precision.HIGHEST)
+    return jnp.moveaxis(y, 0, axis)
+
+
+def _enlarge_axis(x: jax.Array, axis: int, factor: int) -> jax.Array:
+    """Whole factors, corners not aligned: `factor` phases, each a blend of the samples with their shifted selves."""
+    given = x.shape[axis]
+    first = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+    last = jax.lax.slice_in_dim(x, given - 1, given, axis=axis)
+    before = jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, given - 1, axis=axis)], axis)
+    after = jnp.concatenate([jax.lax.slice_in_dim(x, 1, given, axis=axis), last], axis)
+    phases = []
+    for phase in range(factor):
+        offset = (phase + 0.5) / factor - 0.5
+        neighbour = before if offset < 0 else after
+        phases.append(x + (neighbour - x) * abs(offset) if offset else x)
+    y = jnp.stack(phases, axis + 1)
+    return y.reshape(*x.shape[:axis], given * factor, *x.shape[axis + 1 :])
+
+
+def _interpolation_matrix(given: int, length: int, align_corners: bool) -> np.ndarray:
+    """`[length, given]` float64 weights of the samples; every row sums to one."""
+    if align_corners:
+        position = np.arange(length) * ((given - 1) / (length - 1) if length > 1 else 0.0)
+    else:
+        position = np.clip((np.arange(length) + 0.5) * given / length - 0.5, 0, given - 1)
+    low = np.minimum(position.astype(np.int64), given - 1)
+    high = np.minimum(low + 1, given - 1)
+    rows = np.arange(length)
+    weights = np.zeros((length, given))
+    np.add.at(weights, (rows, low), 1 - (position - low))
+    np.add.at(weights, (rows, high), position - low)
+    return weights
