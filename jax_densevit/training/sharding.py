@@ -1,0 +1,125 @@
+"""Where parameters and optimizer states live on the mesh.
+
+Automatic FSDP (as in big_vision and Kauldron): a tensor above a size is divided over "fsdp" along its largest dimension
+that can be; smaller ones are copied to every device, because gathering them would cost more than it saves. Rules written
+for a model (tensor parallelism) go first and leave the dimensions that they do not name to FSDP.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_densevit.errors import UserError, did_you_mean
+from jax_densevit.training.mesh import AXES, replicated
+from jax_densevit.training.paths import first_match, named_leaves, path_name
+
+MINIMUM_BYTES = 4 * 2**20
+
+# (regular expression over "a/b/c", one entry per dimension: an axis name, a tuple of names, or None)
+Rule = tuple[str, Sequence[str | Sequence[str] | None]]
+
+
+def size_in_bytes(array: Any) -> int:
+    """Bytes of an array, or of the array that a `ShapeDtypeStruct` stands for."""
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), minimum_bytes: int = MINIMUM_BYTES) -> Any:
+    """A tree like `params` with the sharding of every parameter.
+
+    Args:
+      params: parameters, or their shapes (`jax.eval_shape`).
+      mesh: from `make_mesh`.
+      rules: `(pattern, axes per dimension)`; the first pattern found in a parameter's path decides. Dimensions given as
+        None stay free for FSDP, unless the rule names no axis at all: such a parameter is copied to every device.
+      minimum_bytes: tensors of at least this size are divided over "fsdp".
+
+    Raises:
+      UserError: a rule that matches nothing, names an unknown axis, names one axis twice, has more entries than the
+        parameter has dimensions, or divides a dimension that cannot be divided.
+    """
+    leaves = named_leaves(params)
+    rules = [(pattern, _normal(pattern, axes)) for pattern, axes in rules]
+    decided = first_match([pattern for pattern, _ in rules], leaves, "sharding_rules")
+
+    def sharding(path, leaf) -> NamedSharding:
+        name = path_name(path)
+        axes: list[tuple[str, ...]] = [()] * leaf.ndim
+        automatic = True
+        if name in decided:
+            pattern, given = rules[decided[name]]
+            if len(given) > leaf.ndim:
+                raise UserError(
+                    f"sharding_rules: {pattern!r} gives {len(given)} dimensions, but {name} has shape {leaf.shape}."
+                )
+            axes[: len(given)] = given
+            for size, names in zip(leaf.shape, axes, strict=True):
+                parts = math.prod(mesh.shape[axis] for axis in names)
+                if size % parts:
+                    raise UserError(
+                        f"sharding_rules: {pattern!r} divides a dimension of {size} of {name} {leaf.shape} into "
+                        f"{parts} parts over {names}; choose another dimension or axis size."
+                    )
+            automatic = any(given) and not any("fsdp" in names for names in given)
+        if automatic and mesh.shape["fsdp"] > 1 and size_in_bytes(leaf) >= minimum_bytes:
+            free = [d for d in range(leaf.ndim) if not axes[d] and leaf.shape[d] % mesh.shape["fsdp"] == 0]
+            if free:
+                axes[max(free, key=lambda d: leaf.shape[d])] = ("fsdp",)
+        while axes and not axes[-1]:
+            axes.pop()
+        return NamedSharding(mesh, PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes)))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def _normal(pattern: str, axes: Sequence[str | Sequence[str] | None]) -> list[tuple[str, ...]]:
+    """A rule's axes as a list of tuples of axis names."""
+    if isinstance(axes, str):
+        raise UserError(f"sharding_rules: {pattern!r} needs one entry per dimension, such as (None, {axes!r}).")
+    given = [() if axis is None else (axis,) if isinstance(axis, str) else tuple(axis) for axis in axes]
+    named = [name for names in given for name in names]
+    for name in named:
+        if name not in AXES:
+            raise UserError(f"sharding_rules: {pattern!r} names the mesh axis {name!r}{did_you_mean(name, AXES)}")
+        if named.count(name) > 1:
+            raise UserError(f"sharding_rules: {pattern!r} names the mesh axis {name!r} twice.")
+    return given
+
+
+def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree that contains copies of the parameter tree: an optimizer's state.
+
+    A leaf belongs to the parameter whose path ends its own path and whose shape it has (`[0].trace['head']['kernel']` to
+    `head/kernel`); what belongs to no parameter (counters) is copied to every device.
+    """
+    known = {
+        name: (leaf.shape, sharding)
+        for (name, leaf), sharding in zip(named_leaves(params).items(), jax.tree.leaves(shardings), strict=True)
+    }
+
+    def sharding(path, leaf) -> NamedSharding:
+        keys = []
+        for key in reversed(path):
+            if not isinstance(key, jax.tree_util.DictKey):
+                break
+            keys.insert(0, key)
+        shape, found = known.get(path_name(keys), (None, None))
+        return found if shape == leaf.shape else replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def large_replicated(params: Any, shardings: Any, minimum_bytes: int = MINIMUM_BYTES) -> dict[str, int]:
+    """Bytes by path of the large parameters of which every device holds a whole copy although the mesh could divide them.
+
+    Empty where the mesh has neither an "fsdp" nor a "tensor" axis: copies are then what was asked for.
+    """
+    found = {}
+    for (name, leaf), sharding in zip(named_leaves(params).items(), jax.tree.leaves(shardings), strict=True):
+        divisible = sharding.mesh.shape["fsdp"] * sharding.mesh.shape["tensor"] > 1
+        if divisible and sharding.is_fully_replicated and size_in_bytes(leaf) >= minimum_bytes:
+            found[name] = size_in_bytes(leaf)
+    return found
