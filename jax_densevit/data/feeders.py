@@ -1,0 +1,88 @@
+"""The two ways to run a training stream: plain threads, and tf.data, which also resizes. Both give the same batches.
+
+Each takes a reader (see `pipeline.Reader`), a number of threads and the step to start at, and returns an endless
+iterator of this host's batches and a function that stops it.
+"""
+
+import collections
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jax_densevit.data.crops import resample
+
+if TYPE_CHECKING:
+    from jax_densevit.data.pipeline import Reader
+
+
+def threads_feed(reader: "Reader", threads: int, start_step: int):
+    """Batches by a pool of threads, in order; a few batches are read ahead."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="jax_densevit_read")
+    ahead = 2 * reader.local_batch + 2 * threads
+
+    def batches():
+        place = start_step * reader.local_batch
+        pending: collections.deque = collections.deque()
+        while True:
+            while len(pending) < ahead:
+                pending.append(pool.submit(reader, place))
+                place += 1
+            examples = [pending.popleft().result() for _ in range(reader.local_batch)]
+            names = [*reader.names, *(("size",) if reader.crop else ()), "index"]
+            yield {name: np.stack([example[name] for example in examples]) for name in names}
+
+    return batches(), lambda: pool.shutdown(wait=False, cancel_futures=True)
+
+
+def tensorflow_feed(reader: "Reader", threads: int, start_step: int):
+    """The same batches by tf.data, which also resizes."""
+    tf = _tensorflow()
+    resizes = reader.crop is not None and reader.crop.box != (0, 0)
+    extra = (["size"] if reader.crop else []) + (["sampling"] if resizes else [])
+    names = [*reader.names, *extra, "index"]
+    types = {"image": tf.uint8, "labels": tf.uint8, "instances": tf.uint16, "sampling": tf.float32}
+    height, width = reader.crop.crop if reader.crop else reader.first_size
+    shapes = {"image": (None, None, 3) if resizes else (height, width, 3), "size": (2,), "sampling": (4,), "index": ()}
+
+    def read(place):
+        example = reader(int(place))
+        return [example[name] for name in names]
+
+    def load(place):
+        tensors = tf.numpy_function(read, [place], [types.get(name, tf.int32) for name in names], stateful=False)
+        example = dict(zip(names, tensors, strict=True))
+        for name, tensor in example.items():
+            tensor.set_shape(shapes.get(name, (height, width)))
+        if resizes:
+            example["image"] = resample(
+                example["image"], example.pop("sampling"), example["size"], reader.crop.crop, reader.crop.fill
+            )
+        return example
+
+    dataset = tf.data.Dataset.range(start_step * reader.local_batch, np.iinfo(np.int64).max)
+    dataset = dataset.map(load, num_parallel_calls=threads, deterministic=True)
+    dataset = dataset.batch(reader.local_batch, drop_remainder=True).prefetch(2)
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.deterministic = True
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    held = [iter(dataset.with_options(options))]
+
+    def batches():
+        while held:
+            yield {name: tensor.numpy() for name, tensor in next(held[0]).items()}
+
+    return batches(), held.clear
+
+
+def _tensorflow() -> Any:
+    """TensorFlow, imported when it is first needed and kept away from the accelerators."""
+    import tensorflow as tf
+
+    try:
+        tf.config.set_visible_devices([], "GPU")
+    except RuntimeError:  # someone else has started it already, and decided about its devices
+        pass
+    return tf
