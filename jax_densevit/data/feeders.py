@@ -5,6 +5,7 @@ iterator of this host's batches and a function that stops it.
 """
 
 import collections
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ def tensorflow_feed(reader: "Reader", threads: int, start_step: int):
 
 def _tensorflow() -> Any:
     """TensorFlow, imported when it is first needed and kept away from the accelerators."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no lines about CPU features on a newcomer's screen
     import tensorflow as tf
 
     try:
