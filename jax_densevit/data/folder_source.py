@@ -1,0 +1,86 @@
+"""A source over pairs of image and mask files; every set of files on disk becomes one of these."""
+
+import dataclasses
+
+import numpy as np
+
+from jax_densevit.data.class_names import default_palette
+from jax_densevit.data.files import Pairing
+from jax_densevit.data.images import image_size, read_image, read_labels
+from jax_densevit.data.label_maps import LabelMap
+from jax_densevit.data.raw import RawExample, RawSource, is_inspecting
+from jax_densevit.data.source import DataInfo
+from jax_densevit.errors import UserError
+
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe")
+JPEG_ADVICE = "which changes ids: save masks as PNG, or for two classes set threshold=128."
+
+
+class FolderSource(RawSource):
+    """Examples from image and mask files.
+
+    Args:
+      info: facts about the data; an empty palette is filled in.
+      pairing: the files, and what is wrong with them.
+      label_map: what the mask values mean.
+      unpaired: "fail" refuses a pairing with problems, "skip" goes on with the pairs there are.
+      ignore_instance: see :class:`~jax_densevit.data.raw.RawSource`.
+
+    Attributes:
+      pairs: the files of every example. problems: what :class:`Pairing` found.
+
+    Raises:
+      UserError: problems (unless skipped), no pair at all, a mask in JPEG, or masks whose values cannot be meant.
+    """
+
+    def __init__(
+        self,
+        info: DataInfo,
+        pairing: Pairing,
+        label_map: LabelMap,
+        *,
+        unpaired: str = "fail",
+        ignore_instance: int | None = None,
+    ):
+        if unpaired not in ("fail", "skip"):
+            raise UserError(f"{info.name}: unpaired={unpaired!r} must be 'fail' or 'skip'.")
+        if not info.palette:
+            info = dataclasses.replace(info, palette=default_palette(len(info.classes)))
+        super().__init__(info, label_map, ignore_instance)
+        self.pairs, self.problems = pairing.pairs, pairing.problems if unpaired == "fail" else ()
+        if self.problems and not is_inspecting():
+            more = f" (and {len(self.problems) - 1} more such problems)" if len(self.problems) > 1 else ""
+            raise UserError(
+                f"{info.name}: {self.problems[0]}{more}; `python -m jax_densevit.check_data` lists all. Add or rename "
+                "the files, or set unpaired='skip' where the source has that option."
+            )
+        if not self.pairs and not is_inspecting():
+            raise UserError(f"{info.name}: there is no image with a mask.")
+        lossy = [pair.labels for pair in self.pairs if pair.labels.suffix.lower() in JPEG_SUFFIXES]
+        if lossy and not label_map.threshold and not is_inspecting():
+            raise UserError(f"{lossy[0]} is a mask in JPEG, {JPEG_ADVICE}")
+        self.probe()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of image `index` as displayed, from the file's header."""
+        return image_size(self.pairs[index].image)
+
+    def name_of(self, index: int) -> str:
+        """The mask file of example `index`."""
+        return str(self.pairs[index].labels)
+
+    def raw_labels(self, index: int) -> np.ndarray:
+        """The values in the mask file of example `index`."""
+        return read_labels(self.pairs[index].labels)
+
+    def raw(self, index: int) -> RawExample:
+        """The files of example `index`, decoded but not interpreted."""
+        pair = self.pairs[index]
+        labels = read_labels(pair.labels)
+        instances = None
+        if pair.instances is not None:
+            instances = labels if pair.instances == pair.labels else read_labels(pair.instances)
+        return RawExample(pair.id, read_image(pair.image), labels, instances, str(pair.image), str(pair.labels))

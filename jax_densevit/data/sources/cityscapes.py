@@ -1,0 +1,53 @@
+"""Cityscapes from its folders: `leftImg8bit/<split>/<city>/` and `gtFine/<split>/<city>/` (or gtCoarse)."""
+
+from pathlib import Path
+
+from jax_densevit.data.class_names import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
+from jax_densevit.data.files import list_images, pair_by_name
+from jax_densevit.data.folder_source import FolderSource
+from jax_densevit.data.label_maps import CITYSCAPES_TRAIN_IDS, LabelMap
+from jax_densevit.data.source import DataInfo
+from jax_densevit.data.sources.registry import register_source
+from jax_densevit.errors import UserError, did_you_mean
+
+SPLITS = ("train", "val", "train_extra")
+IDS = ("auto", "labelIds", "labelTrainIds")
+
+
+def cityscapes_label_map(ids: str) -> LabelMap:
+    """The 19 evaluated classes from "labelIds" (0..33) or "labelTrainIds" (0..18); everything else is ignored."""
+    if ids == "labelIds":
+        return LabelMap(CITYSCAPES_CLASSES, id_map=CITYSCAPES_TRAIN_IDS, other=255, palette=CITYSCAPES_PALETTE)
+    return LabelMap(CITYSCAPES_CLASSES, ignore=255, palette=CITYSCAPES_PALETTE)
+
+
+def cityscapes_info() -> DataInfo:
+    """The facts about Cityscapes with its 19 evaluated classes."""
+    return DataInfo("cityscapes", CITYSCAPES_CLASSES, CITYSCAPES_PALETTE)
+
+
+@register_source("cityscapes")
+def cityscapes(root: str, split: str, ids: str = "auto", coarse: bool = False) -> FolderSource:
+    """Cityscapes, 19 classes: 2,975 train, 500 val fine annotations of 1024x2048 (19,998 coarse in train_extra).
+
+    Args:
+      root: the folder that holds `leftImg8bit` and `gtFine` (or `gtCoarse`).
+      split: "train", "val", or with `coarse` also "train_extra"; the test annotations are not public.
+      ids: which masks to read: "labelIds" (as downloaded), "labelTrainIds" (written by cityscapesScripts), or "auto",
+        the latter where the split has them. Both give the same labels.
+      coarse: read gtCoarse instead of gtFine.
+    """
+    if split == "test":
+        raise UserError("cityscapes: the annotations of the test split are not public; evaluate on split='val'.")
+    if split not in SPLITS or (split == "train_extra" and not coarse):
+        known = SPLITS if coarse else SPLITS[:2]
+        raise UserError(f"cityscapes: there is no split {split!r}{did_you_mean(split, known)}")
+    if ids not in IDS:
+        raise UserError(f"cityscapes: ids={ids!r} is unknown{did_you_mean(ids, IDS)}")
+    kind = "gtCoarse" if coarse else "gtFine"
+    images = list_images(Path(root, "leftImg8bit", split), "_leftImg8bit.png")
+    folder = Path(root, kind, split)
+    if ids == "auto":
+        ids = "labelTrainIds" if list_images(folder, f"_{kind}_labelTrainIds.png") else "labelIds"
+    pairing = pair_by_name(images, list_images(folder, f"_{kind}_{ids}.png"))
+    return FolderSource(cityscapes_info(), pairing, cityscapes_label_map(ids))

@@ -1,0 +1,47 @@
+"""Images with one object number per pixel: `<root>/<split>/images` beside `<root>/<split>/instances`."""
+
+import dataclasses
+from pathlib import Path
+
+from jax_densevit.data.files import Pairing, list_images, pair_by_name
+from jax_densevit.data.folder_source import FolderSource
+from jax_densevit.data.label_maps import LabelMap
+from jax_densevit.data.source import IMAGENET_MEAN, IMAGENET_STD, DataInfo
+from jax_densevit.data.sources.registry import register_source
+
+
+@register_source("instance_folder")
+def instance_folder(
+    root: str,
+    split: str,
+    classes: tuple[str, ...] = ("background", "object"),
+    semantic: str = "",
+    ignore_instance: int = 65_535,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> FolderSource:
+    """Images and instance masks (8 or 16-bit PNG, 0 none, 1..N objects), the layout of the nuclei of DSB 2018.
+
+    Args:
+      root, split: files are in `<root>/<split>/images` and `<root>/<split>/instances`, paired by name.
+      classes: class names in label order; without `semantic` two: what 0 is, and what every object is.
+      semantic: name of the folder beside `instances` with masks of class ids; empty makes the labels from the
+        instances: 0 where there is none, 1 where there is one.
+      ignore_instance: the number that marks crowds: no instance, and without `semantic` ignored as a label.
+      mean, std: normalisation of images in [0, 1].
+    """
+    folder = Path(root, split)
+    images, instances = list_images(folder / "images"), list_images(folder / "instances")
+    if semantic:
+        label_map = LabelMap(classes, ignore=255)
+        labelled = pair_by_name(images, list_images(folder / semantic))
+    else:
+        label_map = LabelMap(classes, threshold=1, ignore=ignore_instance)
+        labelled = pair_by_name(images, instances)
+    pairs = tuple(
+        dataclasses.replace(pair, instances=instances[pair.id]) for pair in labelled.pairs if pair.id in instances
+    )
+    numbered = pair_by_name(images, instances) if semantic else labelled
+    problems = tuple(dict.fromkeys((*labelled.problems, *numbered.problems)))
+    info = DataInfo(Path(root).name, label_map.classes, mean=tuple(mean), std=tuple(std))
+    return FolderSource(info, Pairing(pairs, problems), label_map, ignore_instance=ignore_instance)
