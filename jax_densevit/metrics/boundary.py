@@ -1,14 +1,14 @@
 """Boundary IoU (Cheng et al. 2021, "Boundary IoU: Improving Object-Centric Image Segmentation Evaluation").
 
-The boundary of a class's mask is the mask minus its erosion: its pixels within d of something else, the picture's frame
-included (3x3 erosion, d times, after padding with zeros). `d = round(0.02 * diagonal)`, at least 1. The score of a class is
-the IoU of the two boundaries, with intersections and unions summed over the data set.
+The boundary of a class's mask is the mask minus its erosion: its pixels within d of something else, the picture's
+frame included (3x3 erosion, d times, after padding with zeros). `d = round(0.02 * diagonal)`, at least 1. The score of
+a class is the IoU of the two boundaries, with intersections and unions summed over the data set.
 
-A pixel lies in its class's boundary exactly when the (2d + 1)^2 window around it holds another label or the outside, so one
-minimum and one maximum filter over the label map serve all classes at once.
+A pixel lies in its class's boundary exactly when the (2d + 1)^2 window around it holds another label or the outside, so
+one minimum and one maximum filter over the label map serve all classes at once.
 
-Pixels labelled `ignore` are taken out of the prediction as well: what borders on unlabelled ground does so in both maps, and
-a perfect prediction scores 1.
+Pixels labelled `ignore` are taken out of the prediction as well: what borders on unlabelled ground does so in both
+maps, and a perfect prediction scores 1.
 """
 
 import math
@@ -41,7 +41,7 @@ class BoundaryIoU:
         return {key: np.zeros(len(self.classes), np.int64) for key in ("both", "truth", "predicted")}
 
     def measure(self, labels: jax.Array, predictions: jax.Array, mask: jax.Array | None = None) -> State:
-        """Boundary pixels of one batch, int32 [K] each; arguments as in `ConfusionMatrix.measure`. Runs inside `jit`."""
+        """Boundary pixels of one batch, int32 [K] each; arguments as in `ConfusionMatrix.measure`. Inside `jit`."""
         k = len(self.classes)
         width = boundary_width(*labels.shape[1:])
         labels, predictions = labels.astype(jnp.int32), predictions.astype(jnp.int32)

@@ -1,9 +1,9 @@
 """Confusion matrix of a segmentation and the scores read from it, accumulated over the whole data set.
 
-`IoU_c = TP / (TP + FP + FN)` from one matrix for all images (the mean of per-image scores is another number). Pixels whose
-label is `ignore` count nothing at all; predictions are never ignored: an id outside the classes is a miss of the true
-class, kept in an extra column. A class absent from labels and predictions has no score (None) and is left out of means;
-a class predicted but never labelled scores 0. Conventions of Cityscapes, mmsegmentation's IoUMetric and the papers.
+`IoU_c = TP / (TP + FP + FN)` from one matrix for all images (the mean of per-image scores is another number). Pixels
+whose label is `ignore` count nothing at all; predictions are never ignored: an id outside the classes is a miss of the
+true class, kept in an extra column. A class absent from labels and predictions has no score (None) and is left out of
+means; a class predicted but never labelled scores 0. These are the conventions of Cityscapes and of mmsegmentation.
 """
 
 from collections.abc import Sequence
@@ -71,9 +71,9 @@ class ConfusionMatrix:
         merged = {key: np.asarray(a[key], np.int64) + np.asarray(b[key], np.int64) for key in a}
         if merged["unknown"]:
             raise UserError(
-                f"The labels hold {merged['unknown']} pixels whose id is neither a class (0..{len(self.classes) - 1}) nor "
-                f"the ignore value {self.ignore}: map the ids of the data source (id_map, reduce_zero_label), and run "
-                "check_data to see which ids there are."
+                f"The labels hold {merged['unknown']} pixels whose id is neither a class (0..{len(self.classes) - 1}) "
+                f"nor the ignore value {self.ignore}: map the ids of the data source (id_map, reduce_zero_label), "
+                "and run check_data to see which ids there are."
             )
         if merged["matrix"].sum() != merged["valid"]:
             raise RuntimeError(f"{merged['matrix'].sum()} pixels were counted where {merged['valid']} are valid")

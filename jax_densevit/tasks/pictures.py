@@ -1,0 +1,266 @@
+"""What a person looks at: picture sheets, colour overlays, label maps, confusion matrices."""
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from jax_densevit.data.source import DataInfo
+from jax_densevit.writing import whole_file, write_json
+
+PAPER, INK, FAINT = (255, 255, 255), (32, 33, 36), (110, 114, 120)
+IGNORED = (222, 222, 226)
+WRONG = (220, 30, 50)
+_CELL, _GAP, _MARGIN = 256, 12, 20
+_TINY = 128  # a picture this small is enlarged by whole factors, pixels staying visible
+
+
+def colors(info: DataInfo) -> np.ndarray:
+    """uint8 `[K, 3]`: the palette of the data, or well separated hues where it has none, a background being black."""
+    if len(info.palette) >= len(info.classes):
+        return np.array(info.palette[: len(info.classes)], np.uint8)
+    hues = [
+        colorsys.hsv_to_rgb((i * 0.618034) % 1, 0.62 + 0.3 * (i % 2), 0.95 - 0.25 * (i // 2 % 2)) for i in range(256)
+    ]
+    palette = np.round(np.array(hues[: len(info.classes)]) * 255).astype(np.uint8)
+    if _has_background(info):
+        palette = np.concatenate([np.zeros((1, 3), np.uint8), palette[:-1]])
+    return palette
+
+
+def paint(labels: np.ndarray, info: DataInfo) -> np.ndarray:
+    """A label map in the colours of its classes, uint8 `[H, W, 3]`; ids that are no class are light gray."""
+    table = np.concatenate([colors(info), [IGNORED]]).astype(np.uint8)
+    labels = np.asarray(labels, np.int64)
+    known = (labels >= 0) & (labels < len(info.classes)) & (labels != info.ignore)
+    return table[np.where(known, labels, len(table) - 1)]
+
+
+def sheet(examples: Sequence[dict[str, Any]], info: DataInfo) -> Image.Image:
+    """A picture sheet, one row per example: image, prediction, labels, errors; with a legend of the classes.
+
+    Args:
+      examples: each with "image" uint8 `[H, W, 3]`, "predicted_labels" `[H, W]`, and "labels" and "name" if known.
+      info: class names, palette and ignore value.
+    """
+    font, bold = _font(14), _font(16)
+    columns = ["image", "prediction", "labels", "errors"]
+    if not all("labels" in example for example in examples):
+        columns = columns[:2]
+    width = 2 * _MARGIN + len(columns) * _CELL + (len(columns) - 1) * _GAP
+    rows = []
+    for example in examples:
+        cells = [_fit(example["image"]), _fit(paint(example["predicted_labels"], info), nearest=True)]
+        if len(columns) == 4:
+            cells += [_fit(paint(example["labels"], info), nearest=True), _fit(_errors(example, info), nearest=True)]
+        rows.append((cells, _caption(example, info)))
+    shown = _present(examples, info)
+    legend = _legend([(info.classes[i], colors(info)[i]) for i in shown] + [("not labelled", IGNORED)], width, font)
+    title = 34
+    height = title + sum(max(cell.height for cell in cells) + 30 for cells, _ in rows) + legend.height + _MARGIN
+    page = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(page)
+    for i, name in enumerate(columns):
+        draw.text((_MARGIN + i * (_CELL + _GAP) + _CELL // 2, title // 2 + 4), name, INK, bold, anchor="mm")
+    top = title
+    for cells, caption in rows:
+        row = max(cell.height for cell in cells)
+        for i, cell in enumerate(cells):
+            page.paste(cell, (_MARGIN + i * (_CELL + _GAP) + (_CELL - cell.width) // 2, top))
+        draw.text((_MARGIN, top + row + 5), caption, FAINT, font)
+        top += row + 30
+    page.paste(legend, (0, top))
+    return page
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, info: DataInfo) -> Image.Image:
+    """The image tinted with the classes' colours (not the background), borders drawn, a legend with shares below."""
+    labels = np.asarray(labels, np.int64)
+    strength = np.where((labels == 0) & _has_background(info), 0, 0.5)[..., None]
+    mixed = (1 - strength) * image + strength * paint(labels, info)
+    edge = np.zeros(labels.shape, bool)
+    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    edge[1:] |= labels[1:] != labels[:-1]
+    mixed[edge] = 255
+    picture = Image.fromarray(np.round(mixed).astype(np.uint8))
+    width = max(picture.width, 320)
+    font = _font(int(np.clip(width / 50, 13, 48)))
+    shares = np.bincount(np.clip(labels, 0, len(info.classes)).ravel(), minlength=len(info.classes) + 1) / labels.size
+    order = [i for i in np.argsort(-shares[:-1], kind="stable") if shares[i] > 0]
+    entries = [(f"{info.classes[i]}  {_percent(shares[i])}", colors(info)[i]) for i in order]
+    legend = _legend(entries, width, font)
+    page = Image.new("RGB", (width, picture.height + legend.height), PAPER)
+    page.paste(picture, ((width - picture.width) // 2, 0))
+    page.paste(legend, (0, picture.height))
+    return page
+
+
+def label_map(labels: np.ndarray, info: DataInfo) -> Image.Image:
+    """A palette PNG whose indices are the class ids (16-bit gray above 256 classes, which no palette holds)."""
+    if len(info.classes) > 256:
+        return Image.fromarray(np.asarray(labels).astype(np.uint16))
+    picture = Image.fromarray(np.asarray(labels).astype(np.uint8))
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(info.classes)] = colors(info)
+    picture.putpalette(table.tobytes())
+    return picture
+
+
+def write_prediction(
+    image: np.ndarray, prediction: dict[str, np.ndarray], info: DataInfo, folder: Path, stem: str, facts: dict[str, Any]
+) -> list[Path]:
+    """The files of `SegmentationTask.write`; returns their paths."""
+    labels = np.asarray(prediction["labels"])
+    counts = np.bincount(labels.ravel(), minlength=len(info.classes))
+    report = {
+        **facts,
+        "height": int(labels.shape[0]),
+        "width": int(labels.shape[1]),
+        "mean_confidence": None,
+        "classes": [
+            {
+                "id": i,
+                "class": name,
+                "pixels": int(counts[i]),
+                "share": counts[i] / labels.size,
+                "mean_confidence": None,
+            }
+            for i, name in enumerate(info.classes)
+            if counts[i]
+        ],
+    }
+    if "confidence" in prediction:
+        confidence = np.asarray(prediction["confidence"], np.float64)
+        report["mean_confidence"] = float(confidence.mean())
+        for row in report["classes"]:
+            row["mean_confidence"] = float(confidence[labels == row["id"]].mean())
+    paths = [folder / f"{stem}.png", folder / f"{stem}_overlay.png", folder / f"{stem}.json"]
+    for path, picture in zip(paths[:2], (label_map(labels, info), overlay(image, labels, info)), strict=True):
+        with whole_file(path) as part:
+            picture.save(part)
+    write_json(paths[2], report)
+    return paths
+
+
+def confusion_picture(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str = "") -> Image.Image:
+    """A confusion matrix in per cent of each class's labelled pixels; `matrix` `[K, K + 1]`, rows = labels.
+
+    The last column (predictions that are no class) is drawn only where it holds something.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
+    from matplotlib.figure import Figure
+
+    matrix = np.asarray(matrix, np.float64)
+    columns = list(classes)
+    if matrix[:, -1].any():
+        columns.append("no class")
+    matrix = matrix[:, : len(columns)]
+    total = matrix.sum(1, keepdims=True)
+    share = np.divide(100 * matrix, total, out=np.full(matrix.shape, np.nan), where=total > 0)
+    k = len(classes)
+    side = float(np.clip(2.5 + 0.45 * k, 4.5, 22))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    drawn.cmap.set_bad("0.93")
+    size = 9 if k <= 40 else 5
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=size)
+    axes.set_yticks(range(k), classes, fontsize=size)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("labelled")
+    axes.set_title(title or "Confusion, % of labelled pixels", fontsize=11)
+    if k <= 25:
+        for i, row in enumerate(share):
+            for j, value in enumerate(row):
+                if np.isfinite(value) and value >= 0.05:
+                    color = "white" if value > 55 else "0.15"
+                    axes.text(
+                        j,
+                        i,
+                        f"{value:.0f}" if value >= 9.95 else f"{value:.1f}",
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color=color,
+                    )
+    figure.colorbar(drawn, shrink=0.75, label="%")
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy())
+
+
+def _errors(example: dict[str, Any], info: DataInfo) -> np.ndarray:
+    """The image, pale and gray, with wrong pixels in red and unlabelled ones light gray."""
+    gray = example["image"].astype(np.float32).mean(-1, keepdims=True)
+    picture = np.repeat(120 + gray * 0.5, 3, axis=-1)
+    labels = np.asarray(example["labels"], np.int64)
+    wrong = (labels != np.asarray(example["predicted_labels"])) & (labels != info.ignore)
+    picture[wrong] = 0.15 * picture[wrong] + 0.85 * np.array(WRONG)
+    picture[labels == info.ignore] = IGNORED
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def _caption(example: dict[str, Any], info: DataInfo) -> str:
+    height, width = example["image"].shape[:2]
+    parts = [str(example["name"])] if "name" in example else []
+    parts.append(f"{width} x {height}")
+    if "labels" in example:
+        labels = np.asarray(example["labels"], np.int64)
+        scored = labels != info.ignore
+        if scored.any():
+            right = (labels == np.asarray(example["predicted_labels"]))[scored].mean()
+            parts.append(f"{_percent(right)} of the labelled pixels right")
+        else:
+            parts.append("nothing labelled")
+    return "   ·   ".join(parts)
+
+
+def _present(examples: Sequence[dict[str, Any]], info: DataInfo) -> list[int]:
+    """All classes if they are few, else those that occur in the examples."""
+    if len(info.classes) <= 30:
+        return list(range(len(info.classes)))
+    maps = [np.unique(example[key]) for example in examples for key in ("labels", "predicted_labels") if key in example]
+    return [int(i) for i in np.unique(np.concatenate(maps)) if 0 <= i < len(info.classes) and i != info.ignore]
+
+
+def _legend(entries: Sequence[tuple[str, Any]], width: int, font) -> Image.Image:
+    """Colour chips with names, in rows as wide as the page."""
+    line = int(font.size * 1.75)
+    chip = int(font.size * 1.1)
+    places, x, y = [], _MARGIN, line // 2
+    for name, color in entries:
+        needed = chip + 8 + int(font.getlength(name)) + 22
+        if x + needed > width and x > _MARGIN:
+            x, y = _MARGIN, y + line
+        places.append((x, y, name, tuple(int(c) for c in color)))
+        x += needed
+    page = Image.new("RGB", (width, y + line + line // 2), PAPER)
+    draw = ImageDraw.Draw(page)
+    for x, y, name, color in places:
+        draw.rounded_rectangle((x, y, x + chip, y + chip), 3, color, FAINT, 1)
+        draw.text((x + chip + 8, y + chip // 2), name, INK, font, anchor="lm")
+    return page
+
+
+def _fit(picture: np.ndarray, nearest: bool = False) -> Image.Image:
+    """Into a cell, aspect kept. Tiny pictures grow so that their pixels stay visible; label maps never mix colours."""
+    picture = Image.fromarray(picture)
+    factor = min(_CELL / picture.width, _CELL * 1.5 / picture.height)
+    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    how = Image.Resampling.NEAREST if nearest or max(picture.size) <= _TINY else Image.Resampling.LANCZOS
+    return picture.resize(size, how)
+
+
+def _font(size: int):
+    return ImageFont.load_default(size)
+
+
+def _has_background(info: DataInfo) -> bool:
+    return info.classes[0].lower() in ("background", "other", "void")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 or share == 0 else "< 0.1 %"

@@ -1,0 +1,318 @@
+"""Semantic segmentation: a class per pixel.
+
+Training compares logits with labels at the labels' resolution, all heads one after the other and by blocks of rows.
+Decoding is by whole pictures or sliding windows, at several scales, with or without the mirror image; labels are never
+resized, logits are.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from jax_densevit.data.augment import normalise
+from jax_densevit.data.source import DataInfo
+from jax_densevit.errors import UserError, did_you_mean
+from jax_densevit.layers.resize import resize_bilinear
+from jax_densevit.metrics.boundary import BoundaryIoU
+from jax_densevit.metrics.confusion import ConfusionMatrix
+from jax_densevit.metrics.metric import Metric
+from jax_densevit.models.output import DenseOutput
+from jax_densevit.tasks import pictures
+from jax_densevit.tasks.losses import DENOMINATORS, LOSSES, segmentation_loss
+from jax_densevit.tasks.registry import register_task
+from jax_densevit.tasks.rows import map_over_pixels
+from jax_densevit.tasks.sliding import slide
+from jax_densevit.tasks.task import Batch, LossTerm
+
+MODES = ("whole", "slide")
+
+
+@register_task("segmentation")
+@dataclasses.dataclass(frozen=True)
+class SegmentationTask:
+    """Semantic segmentation of the classes of `info`.
+
+    Attributes:
+      info: facts about the data.
+      loss_function: "cross_entropy" or "bce" (a sigmoid per class).
+      denominator: what the mean loss divides by: "all" pixels (SETR, mmsegmentation) or the "valid" ones (PyTorch).
+      auxiliary_weight: factor on the loss of every auxiliary head, or one factor per head.
+      class_weights: one factor per class, or empty.
+      mode: "whole" feeds the picture as it is, "slide" feeds windows.
+      crop: (height, width) of the windows, or one number.
+      stride: distance of the windows, (vertical, horizontal) or one number; 0 = two thirds of the crop, as SETR on
+        ADE20K.
+      windows_at_once: windows per call of the model, over the whole batch.
+      base_size: (long, short) box into which a picture is resized before decoding, aspect kept (SETR: (2049, 1025) on
+        Cityscapes, (2048, 512) on ADE20K); (0, 0) leaves it at its own size.
+      short_side_at_least: if above 0, the short side becomes max(short of the box, this) and the long side follows, at
+        every scale (SETR's multi-scale testing, with the crop's side here).
+      scales: factors on the base size; class probabilities are averaged over scales and mirror images.
+      flip: decode the mirror image as well.
+      loss_rows: output rows per block of the fused resize and loss; 0 = by memory.
+    """
+
+    info: DataInfo
+    loss_function: str = "cross_entropy"
+    denominator: str = "all"
+    auxiliary_weight: float | tuple[float, ...] = 0.4
+    class_weights: tuple[float, ...] = ()
+    mode: str = "whole"
+    crop: int | tuple[int, int] = 0
+    stride: int | tuple[int, int] = 0
+    windows_at_once: int = 8
+    base_size: tuple[int, int] = (0, 0)
+    short_side_at_least: int = 0
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    loss_rows: int = 0
+
+    def __post_init__(self):
+        _one_of("loss_function", self.loss_function, LOSSES)
+        _one_of("denominator", self.denominator, DENOMINATORS)
+        _one_of("mode", self.mode, MODES)
+        set_ = functools.partial(object.__setattr__, self)
+        for name in ("class_weights", "base_size", "scales"):
+            value = getattr(self, name)
+            set_(name, tuple(value) if isinstance(value, list | tuple) else (value,))
+        if isinstance(self.auxiliary_weight, list):
+            set_("auxiliary_weight", tuple(self.auxiliary_weight))
+        set_("crop", _pair("crop", self.crop))
+        set_("stride", _pair("stride", self.stride))
+        if len(self.info.classes) < 2:
+            raise UserError(
+                f"Segmentation needs at least two classes (one may be the background); {self.info.name!r} has "
+                f"{len(self.info.classes)}: name them in the data source."
+            )
+        if self.class_weights and len(self.class_weights) != self.num_outputs:
+            raise UserError(
+                f"task.class_weights has {len(self.class_weights)} numbers for {self.num_outputs} classes; "
+                "give one per class."
+            )
+        if self.mode == "slide" and not all(self.crop):
+            raise UserError("Decoding with mode='slide' needs the size of the windows: set crop, e.g. crop=512.")
+        if not all(self.stride):
+            set_(
+                "stride",
+                tuple(stride or max(1, side * 2 // 3) for stride, side in zip(self.stride, self.crop, strict=True)),
+            )
+        if self.mode == "slide" and any(s > c for s, c in zip(self.stride, self.crop, strict=True)):
+            raise UserError(
+                f"stride {self.stride} leaves gaps between windows of {self.crop}; it must not exceed the crop."
+            )
+        if not self.scales or min(self.scales) <= 0:
+            raise UserError(f"task.scales {self.scales} must be positive factors, e.g. (0.75, 1.0, 1.25).")
+        if len(self.base_size) != 2 or min(self.base_size) < 0 or (not all(self.base_size) and any(self.base_size)):
+            raise UserError(f"task.base_size {self.base_size} must be (long, short) in pixels, or (0, 0).")
+        if self.windows_at_once < 1:
+            raise UserError(f"task.windows_at_once is {self.windows_at_once}; it must be at least 1.")
+
+    @property
+    def num_outputs(self) -> int:
+        """Channels that the model's logits must have."""
+        return len(self.info.classes)
+
+    def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
+        """The normalised images, float32 `[B, H, W, 3]`."""
+        return (normalise(batch["image"], self.info.mean, self.info.std),)
+
+    def loss(self, output: DenseOutput, batch: Batch) -> dict[str, LossTerm]:
+        """One term per head: "segmentation", then "auxiliary_1", ... with their coefficients."""
+        weights = self.auxiliary_weight
+        if not isinstance(weights, tuple):
+            weights = (weights,) * len(output.auxiliary)
+        if len(weights) != len(output.auxiliary):
+            raise UserError(
+                f"task.auxiliary_weight has {len(weights)} factors, "
+                f"but the model has {len(output.auxiliary)} auxiliary heads."
+            )
+        heads = {"segmentation": (output.logits, 1.0)}
+        heads |= {f"auxiliary_{i + 1}": head for i, head in enumerate(zip(output.auxiliary, weights, strict=True))}
+        return {
+            name: segmentation_loss(
+                self._checked(logits),
+                batch["labels"],
+                output.covers,
+                loss=self.loss_function,
+                denominator=self.denominator,
+                ignore=self.info.ignore,
+                class_weights=self.class_weights,
+                coefficient=coefficient,
+                rows=self.loss_rows,
+            )
+            for name, (logits, coefficient) in heads.items()
+        }
+
+    def decode(
+        self,
+        forward: Callable[..., DenseOutput],
+        batch: Batch,
+        *,
+        confidence: bool = False,
+        probabilities: bool = False,
+    ) -> Batch:
+        """Label maps at the resolution of the labels (of the images where there are none).
+
+        Args:
+          forward: jitted model, images `[N, h, w, 3]` to `DenseOutput`.
+          batch: "image" uint8 `[B, H, W, 3]`, and "labels" if they are known.
+          confidence: also return "confidence", float32 `[B, H, W]`: the probability of the chosen class.
+          probabilities: also return "probabilities", float32 `[B, H, W, K]`.
+
+        Returns:
+          `{"labels": int32 [B, H, W], ...}`.
+        """
+        image = batch["image"]
+        size = tuple(batch["labels"].shape[1:3]) if "labels" in batch else tuple(image.shape[1:3])
+        mirrored = (False, True) if self.flip else (False,)
+        passes = [(self.decoding_size(*image.shape[1:3], scale), flip) for scale in self.scales for flip in mirrored]
+        total = None
+        for test_size, flip in passes:
+            images = _prepare(self, image, test_size, flip)
+            if self.mode == "slide":
+                at_once = max(1, self.windows_at_once // len(images))
+                logits, covers = slide(forward, images, self.crop, self.stride, at_once), test_size
+            else:
+                output = forward(images)
+                logits, covers = output.logits, output.covers
+            self._checked(logits)
+            if len(passes) == 1 and not probabilities:
+                return _choose(self, logits, covers, test_size, size, confidence)
+            total = _add_probabilities(self, total, logits, covers, test_size, size, flip)
+        return _choose_most_probable(total, len(passes), confidence, probabilities)
+
+    def decoding_size(self, height: int, width: int, scale: float = 1.0) -> tuple[int, int]:
+        """(height, width) at which a picture is fed at `scale`, by `base_size` and `short_side_at_least`."""
+        if all(self.base_size):
+            box = [int(side * scale) for side in self.base_size]
+            factor = min(max(box) / max(height, width), min(box) / min(height, width))
+            if self.short_side_at_least:
+                factor = max(min(box), self.short_side_at_least) / min(height, width)
+        else:
+            factor = max(scale, self.short_side_at_least / min(height, width))
+        return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+    def metrics(self) -> dict[str, Metric]:
+        """The confusion matrix with its scores, and boundary IoU."""
+        return {
+            "segmentation": ConfusionMatrix(self.info.classes, self.info.ignore),
+            "boundary": BoundaryIoU(self.info.classes, self.info.ignore),
+        }
+
+    def measure(self, predictions: Batch, batch: Batch) -> dict[str, Any]:
+        """Counts of one batch by metric; examples whose mask is False count nothing."""
+        return {
+            name: metric.measure(batch["labels"], predictions["labels"], batch.get("mask"))
+            for name, metric in self.metrics().items()
+        }
+
+    def summary(self, results: dict[str, dict[str, Any]]) -> dict[str, float]:
+        """Scores in [0, 1], NaN where nothing was labelled; models are compared by the first."""
+        scores = results["segmentation"]
+        numbers = {
+            "mIoU": scores["mIoU"],
+            "pixel_accuracy": scores["pixel_accuracy"],
+            "mean_accuracy": scores["mean_accuracy"],
+            "fwIoU": scores["fwIoU"],
+            "mean_dice": scores["mean_dice"],
+            "boundary_IoU": results["boundary"]["mean_boundary_IoU"],
+        }
+        return {name: float("nan") if value is None else value for name, value in numbers.items()}
+
+    def sheet(self, examples: list[dict[str, np.ndarray]]) -> Image.Image:
+        """One row per example: image, prediction, labels, errors; with a legend of the classes."""
+        return pictures.sheet(examples, self.info)
+
+    def write(
+        self,
+        image: np.ndarray,
+        prediction: dict[str, np.ndarray],
+        folder: Path,
+        stem: str,
+        facts: dict[str, Any] | None = None,
+    ) -> list[Path]:
+        """Writes `<stem>.png` (palette PNG whose indices are the ids), `<stem>_overlay.png` and `<stem>.json`.
+
+        Args:
+          image: uint8 `[H, W, 3]`.
+          prediction: of this one image: "labels" integers `[H, W]`, "confidence" float `[H, W]` if it is known.
+          folder, stem: where to, and how the files are named.
+          facts: what else the JSON shall say.
+        """
+        return pictures.write_prediction(image, prediction, self.info, Path(folder), stem, facts or {})
+
+    def _checked(self, logits: jax.Array) -> jax.Array:
+        if logits.shape[-1] != self.num_outputs:
+            raise UserError(
+                f"The model has {logits.shape[-1]} outputs, but {self.info.name!r} has {self.num_outputs} classes; "
+                "leave model.num_classes out of the config, it is filled in from the data."
+            )
+        return logits
+
+
+@functools.partial(jax.jit, static_argnames=("task", "size", "flip"))
+def _prepare(task: SegmentationTask, image: jax.Array, size: tuple[int, int], flip: bool) -> jax.Array:
+    """Normalised images at `size`, mirrored if asked."""
+    (images,) = task.inputs({"image": image})
+    if images.shape[1:3] != size:
+        images = resize_bilinear(images, size)
+    return images[:, :, ::-1] if flip else images
+
+
+@functools.partial(jax.jit, static_argnames=("task", "covers", "cut", "size", "confidence"))
+def _choose(task: SegmentationTask, logits: jax.Array, covers, cut, size, confidence: bool) -> Batch:
+    """The answer of a single pass, by blocks of rows; `cut` is the size of the picture that was fed."""
+    logits = logits.astype(jnp.float32)
+    if cut != size:
+        logits, covers = resize_bilinear(logits, covers)[:, : cut[0], : cut[1]], size
+
+    def pixels(block):
+        answer = {"labels": jnp.argmax(block, -1).astype(jnp.int32)}
+        if confidence:
+            answer["confidence"] = _probabilities(task, block).max(-1)
+        return answer
+
+    return map_over_pixels(pixels, logits, covers, size)
+
+
+@functools.partial(jax.jit, static_argnames=("task", "covers", "cut", "size", "flip"), donate_argnums=1)
+def _add_probabilities(task, total: jax.Array | None, logits: jax.Array, covers, cut, size, flip: bool) -> jax.Array:
+    """The sum of probabilities `[B, *size, K]` with one more pass: resize, unflip, softmax."""
+    logits = resize_bilinear(logits.astype(jnp.float32), covers)[:, : cut[0], : cut[1]]
+    if flip:
+        logits = logits[:, :, ::-1]
+    probabilities = _probabilities(task, resize_bilinear(logits, size))
+    return probabilities if total is None else total + probabilities
+
+
+@functools.partial(jax.jit, static_argnames=("passes", "confidence", "probabilities"))
+def _choose_most_probable(total: jax.Array, passes: int, confidence: bool, probabilities: bool) -> Batch:
+    answer = {"labels": jnp.argmax(total, -1).astype(jnp.int32)}
+    if confidence:
+        answer["confidence"] = total.max(-1) / passes
+    if probabilities:
+        answer["probabilities"] = total / passes
+    return answer
+
+
+def _probabilities(task: SegmentationTask, logits: jax.Array) -> jax.Array:
+    return jax.nn.sigmoid(logits) if task.loss_function == "bce" else jax.nn.softmax(logits, -1)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"task.{name}={value!r} does not exist{did_you_mean(value, known)}")
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side >= 0 for side in pair):
+        raise UserError(f"task.{name} {value!r} must be one number of pixels or (height, width).")
+    return pair
