@@ -50,8 +50,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     for row in mesh.devices.reshape(-1, sizes["tensor"]):
         if len({device.process_index for device in row}) > 1:
             raise UserError(
-                f"mesh: tensor={sizes['tensor']} reaches over several processes; it may be at most the number of devices "
-                "of one process and must divide it."
+                f"mesh: tensor={sizes['tensor']} reaches over several processes; it must divide the number of "
+                "devices of one process."
             )
     return mesh
 

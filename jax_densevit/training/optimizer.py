@@ -59,7 +59,7 @@ def make_optimizer(config: Mapping[str, Any], params: Any, steps: int) -> tuple[
 def learning_rates(config: Mapping[str, Any], steps: int) -> Callable[[Any, float], jax.Array]:
     """`rate(step, factor)`, the learning rate of a group at update `step` (0-based), float32.
 
-    During warm-up it rises linearly, `(step + 1) / warmup_steps` of its peak; the decay runs over the steps that remain.
+    During warm-up it rises linearly, `(step + 1) / warmup_steps` of its peak; the decay takes the steps that remain.
     """
     peak, minimum, warmup = config["learning_rate"], config["min_learning_rate"], config["warmup_steps"]
     kind, power = config["schedule"], config["power"]
@@ -107,7 +107,7 @@ def parameter_factors(multipliers: Any, params: Any) -> Any:
 
 
 def trainable_parameters(multipliers: Any, params: Any) -> Any:
-    """A tree like `params` of bools: False where a multiplier is 0. :class:`UserError` when nothing is left to train."""
+    """A tree like `params` of bools: False where a multiplier is 0. :class:`UserError` when everything is frozen."""
     trainable = jax.tree.map(bool, parameter_factors(multipliers, params))
     if not any(jax.tree.leaves(trainable)):
         raise UserError("optimizer.multipliers freezes every parameter; give at least one a factor above 0.")
@@ -136,8 +136,7 @@ def _adamw(config: Mapping[str, Any]) -> optax.GradientTransformation:
 
 
 def _sgd(config: Mapping[str, Any]) -> optax.GradientTransformation:
-    momentum = [optax.trace(config["momentum"])] if config["momentum"] else []
-    return optax.chain(*_decay(config), *momentum)
+    return optax.chain(*_decay(config), optax.trace(config["momentum"]) if config["momentum"] else optax.identity())
 
 
 def _rmsprop_legacy(config: Mapping[str, Any]) -> optax.GradientTransformation:

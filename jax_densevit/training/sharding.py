@@ -1,8 +1,8 @@
 """Where parameters and optimizer states live on the mesh.
 
 Automatic FSDP (as in big_vision and Kauldron): a tensor above a size is divided over "fsdp" along its largest dimension
-that can be; smaller ones are copied to every device, because gathering them would cost more than it saves. Rules written
-for a model (tensor parallelism) go first and leave the dimensions that they do not name to FSDP.
+that can be; smaller ones are copied to every device, because gathering them would cost more than it saves. Rules for a
+model (tensor parallelism) go first and leave the dimensions that they do not name to FSDP.
 """
 
 import math
@@ -39,10 +39,15 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), min
 
     Raises:
       UserError: a rule that matches nothing, names an unknown axis, names one axis twice, has more entries than the
-        parameter has dimensions, or divides a dimension that cannot be divided.
+        parameter has dimensions, or divides a dimension that cannot be divided; a "tensor" axis that no rule uses.
     """
     leaves = named_leaves(params)
     rules = [(pattern, _normal(pattern, axes)) for pattern, axes in rules]
+    if mesh.shape["tensor"] > 1 and not any("tensor" in names for _, axes in rules for names in axes):
+        raise UserError(
+            f"mesh.tensor is {mesh.shape['tensor']}, but no entry of sharding_rules divides anything over it: its "
+            "devices would repeat each other's work; add a rule, or set mesh.tensor to 1."
+        )
     decided = first_match([pattern for pattern, _ in rules], leaves, "sharding_rules")
 
     def sharding(path, leaf) -> NamedSharding:
@@ -92,8 +97,8 @@ def _normal(pattern: str, axes: Sequence[str | Sequence[str] | None]) -> list[tu
 def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings for a tree that contains copies of the parameter tree: an optimizer's state.
 
-    A leaf belongs to the parameter whose path ends its own path and whose shape it has (`[0].trace['head']['kernel']` to
-    `head/kernel`); what belongs to no parameter (counters) is copied to every device.
+    A leaf belongs to the parameter whose path ends its own path and whose shape it has: `[0].trace['head']['kernel']`
+    to `head/kernel`. What belongs to no parameter (counters) is copied to every device.
     """
     known = {
         name: (leaf.shape, sharding)
@@ -113,7 +118,7 @@ def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
 
 
 def large_replicated(params: Any, shardings: Any, minimum_bytes: int = MINIMUM_BYTES) -> dict[str, int]:
-    """Bytes by path of the large parameters of which every device holds a whole copy although the mesh could divide them.
+    """Bytes by path of the large parameters that every device holds whole although the mesh could divide them.
 
     Empty where the mesh has neither an "fsdp" nor a "tensor" axis: copies are then what was asked for.
     """

@@ -50,7 +50,7 @@ def initial_variables(model: Any, task: Task, batch: Any, key: jax.Array) -> tup
 
 def abstract_parameters(model: Any, task: Task, batch: Any) -> Any:
     """The shapes of a model's parameters: what `make_optimizer` and `parameter_shardings` need to know."""
-    return jax.eval_shape(lambda key: initial_variables(model, task, batch, key)[0], jax.random.key(0))
+    return jax.eval_shape(lambda: initial_variables(model, task, batch, jax.random.key(0))[0])
 
 
 def _initial_state(model, task, optimizer, batch, ema: bool, key: jax.Array) -> TrainState:
@@ -68,8 +68,8 @@ def _initial_state(model, task, optimizer, batch, ema: bool, key: jax.Array) -> 
 def abstract_state(
     model: Any, task: Task, optimizer: optax.GradientTransformation, batch: Any, *, ema: bool = False
 ) -> TrainState:
-    """The state's shapes and dtypes, computed without touching a device. `batch`: arrays or shapes of a global batch."""
-    return jax.eval_shape(lambda key: _initial_state(model, task, optimizer, batch, ema, key), jax.random.key(0))
+    """The state's shapes and dtypes, found without touching a device. `batch`: arrays or shapes of a global batch."""
+    return jax.eval_shape(lambda: _initial_state(model, task, optimizer, batch, ema, jax.random.key(0)))
 
 
 def state_shardings(

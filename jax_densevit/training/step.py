@@ -24,6 +24,11 @@ def stream_key(seed: int, stream: str, *counters: Any) -> jax.Array:
     return key
 
 
+def moving_average(average: Any, params: Any, decay: float) -> Any:
+    """`decay * average + (1 - decay) * params`, leaf by leaf, written so that equal values stay equal."""
+    return jax.tree.map(lambda mean, value: mean - (1 - decay) * (mean - value), average, params)
+
+
 def make_train_step(
     model: Any,
     task: Task,
@@ -44,7 +49,7 @@ def make_train_step(
     number of devices and microbatches; a term whose weight is 0 counts 0 and has no gradient. Statistics of
     normalisation pass through the microbatches one after the other, each computed over all devices.
 
-    A step whose loss, gradient or new parameters are not finite returns the state as it was.
+    A step whose loss or gradient is not finite returns the state as it was, its counter included.
 
     Args:
       model, task: the contracts; the model's output is whatever the task's loss takes.
@@ -54,11 +59,11 @@ def make_train_step(
       accumulate: microbatches per step.
       ema: decay of the moving average; 0 where the state has none.
       seed: of dropout.
-      trainable: a tree of bools like the parameters: where it is False no gradient is computed (`trainable_parameters`).
+      trainable: a tree of bools like the parameters, from `trainable_parameters`; no gradient is computed where False.
 
     Returns:
-      The jitted step. `numbers`: scalars, the same on every device: "loss", "loss/<term>" (`sum / weight`), "grad_norm"
-      (before clipping), "param_norm", "lr", all float32, and "finite" (bool).
+      The jitted step. `numbers` describes the state that came in, by scalars that are the same on every device: "loss",
+      "loss/<term>" (`sum / weight`), "grad_norm" (before clipping), "param_norm", "lr" (float32), "finite" (bool).
     """
 
     def forward(params, statistics, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
@@ -127,20 +132,16 @@ def make_train_step(
             grads = pin(grads)
         updates, new_optimizer = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = state.ema
-        if average is not None:
-            average = jax.tree.map(lambda mean, value: mean - (1 - ema) * (mean - value), average, params)
+        average = None if state.ema is None else moving_average(state.ema, params, ema)
         numbers = {
             "loss": loss,
             **{f"loss/{name}": mean for name, mean in means.items()},
             "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
+            "param_norm": optax.tree.norm(state.params),
             "lr": schedule(state.step),
         }
         numbers = {name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()}
-        finite = (
-            jnp.isfinite(numbers["loss"]) & jnp.isfinite(numbers["grad_norm"]) & jnp.isfinite(numbers["param_norm"])
-        )
+        finite = jnp.isfinite(numbers["loss"]) & jnp.isfinite(numbers["grad_norm"])
         new = TrainState(state.step + 1, params, statistics, average, new_optimizer)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         return new, {**numbers, "finite": finite}
