@@ -14,30 +14,48 @@ Every function raises :class:`UserError` that names the file and the cause when 
 """
 
 import contextlib
+import dataclasses
+import functools
+import io
 import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from jax_densevit.errors import UserError
 
-# No format that runs another program (EPS) or is rarely tested.
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "TGA", "JPEG2000", "AVIF")
+# None that runs another program (EPS). JPEG includes MPO, the several pictures in one file of some cameras.
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "TGA", "JPEG2000", "AVIF")
 BACKGROUND = (255, 255, 255)  # transparent pixels show it
 _ORIENTATION = 0x0112
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class EncodedImage:
+    """The bytes of an image file out of a container (a TFRecord), and a name for messages; goes where a path goes."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ImageFile = str | os.PathLike | EncodedImage
+
+
+def read_image(path: ImageFile) -> np.ndarray:
     """Reads an image file: uint8 [H, W, 3], RGB, upright. The rules are in the module's docstring."""
     with _opened(path) as image:
         image.load()
         return _to_rgb(_upright(image), path)
 
 
-def read_labels(path: str | os.PathLike) -> np.ndarray:
+def read_labels(path: ImageFile) -> np.ndarray:
     """Reads a label map without interpreting it: ids, never colours turned gray.
 
     Returns:
@@ -45,13 +63,13 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
       uint8 [H, W, 3] for an RGB mask, which only a caller with a palette can turn into ids.
     """
     with _opened(path) as image:
-        scale = _gray_scale(image)
+        scale = _gray_scale(image, path)
         image.load()
         image = _upright(image)
         if image.mode in ("LA", "RGBA", "PA"):
             if image.getchannel("A").getextrema()[0] < 255:
                 raise UserError(f"{path}: a label map must not be transparent; save it without an alpha channel.")
-            image = image.convert(image.mode[:-1]) if image.mode != "PA" else image.convert("P")
+            image = image.convert("RGB") if image.mode == "RGBA" else image.getchannel(0)
         if image.mode == "1":
             return np.array(image, np.uint8)
         if image.mode in ("L", "P", "RGB"):
@@ -70,7 +88,7 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
         )
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
+def image_size(path: ImageFile) -> tuple[int, int]:
     """(height, width) of an image file as it is displayed (after EXIF orientation), without decoding the pixels."""
     with _opened(path) as image:
         if image.format == "PNG" and _has_late_metadata(path):
@@ -81,11 +99,18 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+def _opened(path: ImageFile) -> Iterator[Image.Image]:
     """An image file with its header read; every failure of the file system or of Pillow inside becomes a UserError."""
     try:
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        with _stream(path) as file, Image.open(file, formats=_formats()) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise Image.DecompressionBombError
@@ -98,20 +123,21 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
             "cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS in the config file if you trust it."
         ) from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise UserError(f"{path}: {_cause(Path(path), error)}") from error
+        raise UserError(f"{path}: {_cause(path, error)}") from error
 
 
-def _cause(path: Path, error: Exception) -> str:
+def _stream(path: ImageFile) -> BinaryIO:
+    return io.BytesIO(path.data) if isinstance(path, EncodedImage) else open(path, "rb")
+
+
+def _cause(path: ImageFile, error: Exception) -> str:
     """What is wrong with a file that could not be read, and the way out."""
-    if path.is_dir():
-        return "this is a folder, not an image file; give the files inside it."
-    if isinstance(error, PermissionError):
-        return "no permission to read this file."
-    if not path.exists():
-        if path.is_symlink():
-            return f"this is a link to {os.readlink(path)}, which does not exist."
-        return "there is no such file."
-    with open(path, "rb") as file:
+    if not isinstance(path, EncodedImage):
+        path = Path(path)
+        problem = _cause_of_path(path, error)
+        if problem:
+            return problem
+    with _stream(path) as file:
         start = file.read(512)
     if not start:
         return "this file is empty; fetch it again."
@@ -124,11 +150,24 @@ def _cause(path: Path, error: Exception) -> str:
     return f"the image is truncated or damaged ({str(error) or type(error).__name__}); replace or remove it."
 
 
+def _cause_of_path(path: Path, error: Exception) -> str:
+    """What is wrong with a path at which there is no readable file, or ""."""
+    if path.is_dir():
+        return "this is a folder, not an image file; give the files inside it."
+    if isinstance(error, PermissionError):
+        return "no permission to read this file."
+    if not path.exists():
+        if path.is_symlink():
+            return f"this is a link to {os.readlink(path)}, which does not exist."
+        return "there is no such file."
+    return ""
+
+
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation 1..8; damaged EXIF data counts as none."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except (OSError, SyntaxError, ValueError, struct.error, KeyError, TypeError):
+    except Exception:  # as for the pixels, only that the image is good without
         return 1
 
 
@@ -152,16 +191,20 @@ def _to_rgb(image: Image.Image, path) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _gray_scale(image: Image.Image) -> int:
+def _gray_scale(image: Image.Image, path) -> int:
     """What Pillow multiplies 2 and 4-bit gray values by while it decodes (must be asked before `load`)."""
-    arguments = image.tile[0][3] if image.tile else ""
+    arguments = image.tile[0].args if image.tile else ""
+    if image.format == "PPM" and not isinstance(arguments, str) and arguments[1] not in (255, 65535):
+        raise UserError(
+            f"{path}: label maps in PGM with maximum {arguments[1]} would be stretched; save 8 or 16-bit gray PNG."
+        )
     raw_mode = arguments if isinstance(arguments, str) else (arguments or ("",))[0]
     return {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
 
 
-def _has_late_metadata(path: str | os.PathLike) -> bool:
+def _has_late_metadata(path: ImageFile) -> bool:
     """Whether a PNG file has chunks after its pixels: an orientation there is seen only after decoding."""
-    with open(path, "rb") as file:
+    with _stream(path) as file:
         file.seek(8)
         pixels_seen = False
         while len(header := file.read(8)) == 8:
