@@ -118,6 +118,11 @@ def choose(given: frozenset[str], *options: str, default: str | None = None) -> 
     return chosen[0] if chosen else (options[0] if default is None else default)
 
 
+def sibling(config_file: str, name: str):
+    """The module `name` beside a config file, for what several configs share: `sibling(__file__, "recipe.py")`."""
+    return _load(Path(config_file).parent / name)
+
+
 def split_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """Takes the `--config.a.b=value` flags out of a command line: ({"a.b": "value"}, the other arguments)."""
     overrides, rest, arguments = {}, [], iter(argv)
@@ -144,12 +149,7 @@ def read_config(path: str, overrides: Mapping[str, str] | None = None) -> Config
     file, colon, arg = path.partition(":")
     if not Path(file).is_file():
         raise UserError(f"There is no config file {file!r}; configs of the library live in configs/.")
-    spec = importlib.util.spec_from_file_location(f"_config_{Path(file).stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"{file}, line {error.lineno}: {error.msg}.") from error
+    module = _load(Path(file))
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"{file} defines no get_config(arg); see configs/quickstart.py for the form.")
     config = module.get_config(arg) if colon else module.get_config()
@@ -157,6 +157,16 @@ def read_config(path: str, overrides: Mapping[str, str] | None = None) -> Config
         _override(config, key, value)
     check_config(config)
     return config
+
+
+def _load(file: Path):
+    spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{file}, line {error.lineno}: {error.msg}.") from error
+    return module
 
 
 def check_config(config: ConfigDict) -> None:
