@@ -1,0 +1,516 @@
+"""Checkpoints: written in the background, verified before use, restored onto any mesh.
+
+`workdir/checkpoints/<step>/` holds the Orbax items `params`, `statistics`, `ema`, `optimizer` (plain nested dicts of
+arrays), `data`, `meta` (JSON) and a SHA-256 manifest of all their files. A step gets its name by one rename, after its
+manifest was written: a folder with a number for a name is complete, whatever happened to the process.
+
+This is the only file that imports Orbax (the classic interface of 0.12).
+"""
+
+import json
+import logging
+import re
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from jax_densevit.errors import UserError
+from jax_densevit.training.manifest import find_damage, sync_folder, write_manifest, write_text
+from jax_densevit.training.paths import named_leaves
+from jax_densevit.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+BARRIER_SECONDS = 600  # how long processes wait for each other before they give up
+_ITEMS = ("params", "statistics", "ema", "optimizer")
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      workdir: the folder of the run; `checkpoints/` is made in it unless `read_only`.
+      keep: how many of the latest steps stay; the best one stays besides.
+      best: the score that decides which step is best, e.g. "val/mIoU"; a leading "-" means that smaller is better.
+        Empty: none.
+      strict: a damaged newest step is an error instead of a reason to fall back to the one before.
+      read_only: for evaluation and prediction: nothing in the workdir is created, renamed or removed.
+    """
+
+    def __init__(
+        self, workdir: str | Path, *, keep: int = 2, best: str = "", strict: bool = False, read_only: bool = False
+    ):
+        if "://" in str(workdir):
+            raise UserError(f"workdir {workdir} is no local path; mount the bucket (gcsfuse) and name the mount point.")
+        if keep < 1:
+            raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must stay.")
+        self.workdir = Path(workdir).absolute()
+        self.folder = self.workdir / "checkpoints"
+        self.keep, self.strict, self.read_only = keep, strict, read_only
+        self.score_name, self._sign = best.removeprefix("-"), -1.0 if best.startswith("-") else 1.0
+        self._intact: set[int] = set()  # steps verified, or written, by this process
+        self._finisher: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._saving: int | None = None
+        self._writer: ocp.AsyncCheckpointer | None = None
+        if not read_only and jax.process_index() == 0:
+            self._create_folder()
+            self._remove_leftovers()
+
+    # --- what is there ---
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending; not yet verified."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.is_dir() and path.name.isdecimal())
+
+    def latest_intact(self) -> int | None:
+        """The newest step whose files all match their manifest; None where there is no checkpoint at all.
+
+        A damaged newer step is named in a warning. All processes get the answer of process 0.
+
+        Raises:
+          UserError: every checkpoint is damaged, or the newest is and `strict` is set.
+        """
+        found, message = -1, ""
+        if jax.process_index() == 0:
+            try:
+                found = self._latest_intact()
+            except UserError as error:
+                found, message = -2, str(error)
+        found = _from_process_0(found)
+        if found == -2:
+            raise UserError(message or f"No intact checkpoint in {self.folder}: see the message of process 0.")
+        return None if found < 0 else found
+
+    def _latest_intact(self) -> int:
+        steps, damaged = self.steps()[::-1], []
+        for step in steps:
+            damage = self._damage(step)
+            if damage is None:
+                if damaged:
+                    log.warning(
+                        "Checkpoint %s is damaged: %s. Continuing from step %d; %d step(s) are lost.",
+                        ", ".join(str(number) for number, _ in damaged),
+                        "; ".join(what for _, what in damaged),
+                        step,
+                        damaged[0][0] - step,
+                    )
+                return step
+            damaged.append((step, damage))
+            if self.strict:
+                raise UserError(f"The newest checkpoint is damaged: {damage}; without strict the one before is used.")
+        if steps:
+            raise UserError(
+                f"Every checkpoint in {self.folder} is damaged: {'; '.join(what for _, what in damaged)}. Restore the "
+                "files from a copy, or start again in a new workdir; nothing is started from scratch here."
+            )
+        return -1
+
+    def preferred_step(self) -> int:
+        """The step to evaluate or predict with: the best one where a score was named, else the latest; intact.
+
+        Raises:
+          UserError: there is no intact checkpoint.
+        """
+        best = self.best()
+        if best is not None and best["step"] in self.steps():
+            damage = self._damage(best["step"])
+            if damage is None:
+                return best["step"]
+            if self.strict:
+                raise UserError(f"The best checkpoint is damaged: {damage}.")
+            log.warning("The best checkpoint (step %d) is damaged: %s. Using the latest.", best["step"], damage)
+        step = self.latest_intact()
+        if step is None:
+            raise UserError(f"There is no checkpoint in {self.folder}: name the workdir of a training run.")
+        return step
+
+    def verify(self, step: int) -> None:
+        """Raises :class:`UserError` unless the checkpoint of `step` exists and every byte is as it was written."""
+        if step not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"There is no checkpoint of step {step} in {self.folder}; there are: {known}.")
+        damage = self._damage(step)
+        if damage is not None:
+            raise UserError(
+                f"The checkpoint of step {step} is damaged: {damage}; name another step or restore the file."
+            )
+
+    def _damage(self, step: int) -> str | None:
+        if step in self._intact:
+            return None
+        damage = find_damage(self.folder / str(step))
+        if damage is None:
+            self._intact.add(step)
+        return damage
+
+    # --- the best ---
+
+    def best(self) -> dict[str, Any] | None:
+        """{"score": name, "value": float, "step": int} of the best step so far; None where none was recorded."""
+        history = self._best_history()
+        return history[-1] if history else None
+
+    def _best_history(self) -> list[dict[str, Any]]:
+        path = self.workdir / "best.json"
+        try:
+            history = json.loads(path.read_text(encoding="utf-8"))
+            return [entry for entry in history if isinstance(entry["step"], int) and isinstance(entry["value"], float)]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be read (%s): the best step is not known.", path, type(error).__name__)
+            return []
+
+    def record_score(self, step: int, scores: dict[str, float]) -> bool:
+        """Notes the scores of an evaluation; True when `step` is the best so far (and is then kept)."""
+        if self.score_name not in scores:
+            return False
+        value = float(scores[self.score_name])
+        history = [entry for entry in self._best_history() if entry["score"] == self.score_name]
+        if np.isnan(value) or (history and self._sign * value <= self._sign * history[-1]["value"]):
+            return False
+        if jax.process_index() == 0:
+            entry = {"score": self.score_name, "value": value, "step": step}
+            write_text(self.workdir / "best.json", json.dumps([*history, entry], indent=1) + "\n")
+        return True
+
+    def forget_after(self, step: int) -> None:
+        """Drops records of best scores after `step`: training goes on from there and will make them again."""
+        history = self._best_history()
+        if jax.process_index() == 0 and any(entry["step"] > step for entry in history):
+            kept = [entry for entry in history if entry["step"] <= step]
+            write_text(self.workdir / "best.json", json.dumps(kept, indent=1) + "\n")
+
+    # --- saving ---
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Starts saving; returns as soon as the arrays are copied. Every process calls it.
+
+        Args:
+          step: the number of updates made; a checkpoint of that step that is already there is replaced.
+          data: what the input stream needs to go on (JSON).
+          meta: what evaluation and prediction need to know (JSON).
+
+        Raises:
+          UserError: this save, or the one before, failed (disk full, workdir gone). What was there before is intact.
+        """
+        self.wait()
+        self._saving = step
+        target = self.folder / f"{step}.unverified"
+        items = {name: _plain(tree) for name in _ITEMS if named_leaves(tree := getattr(state, name))}
+        arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
+        arguments |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
+        try:
+            if not self.folder.is_dir():
+                raise FileNotFoundError("the folder is gone")
+            with jax.transfer_guard("allow"):
+                self._get_writer().save(epath.Path(target), args=ocp.args.Composite(**arguments), force=True)
+        except Exception as error:
+            self._abandon()
+            raise self._failed(error) from error
+        self._finisher = threading.Thread(target=self._finish, args=(step, target), name="checkpoint")
+        self._finisher.start()
+
+    def check(self) -> None:
+        """Raises :class:`UserError` if a save that has ended in the background failed."""
+        if self._finisher is not None and not self._finisher.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save under way, if any; :class:`UserError` if it failed."""
+        if self._finisher is not None:
+            self._finisher.join()
+            self._finisher = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise self._failed(failure) from failure
+
+    def close(self) -> None:
+        """Waits for the save under way and frees threads; :class:`UserError` if that save failed."""
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, value, trace) -> None:
+        try:
+            self.close()
+        except UserError as error:
+            if value is None:
+                raise
+            log.warning("%s", error)  # the exception under way says what went wrong first
+
+    def _get_writer(self) -> ocp.AsyncCheckpointer:
+        if self._writer is None:
+            # Orbax logs the traceback of what it raises; we say it in one sentence.
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
+            processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
+            self._writer = ocp.AsyncCheckpointer(
+                ocp.CompositeCheckpointHandler(),
+                async_options=ocp.AsyncOptions(timeout_secs=BARRIER_SECONDS, create_directories_asynchronously=False),
+                # Naming the processes makes Orbax use barriers that time out instead of ones that hang.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
+            )
+        return self._writer
+
+    def _finish(self, step: int, target: Path) -> None:
+        """In a thread: waits for Orbax, then process 0 writes the manifest, renames, and removes old steps."""
+        try:
+            self._writer.wait_until_finished()
+            if jax.process_index() != 0:
+                return
+            write_manifest(target)
+            final = self.folder / str(step)
+            if final.exists():
+                self._remove(final)
+            target.rename(final)
+            sync_folder(self.folder)
+            self._intact.add(step)
+            self._remove_old()
+        except BaseException as error:
+            self._failure = error
+            self._abandon()
+
+    def _remove_old(self) -> None:
+        best = self.best()
+        keep = {*self.steps()[-self.keep :], *([best["step"]] if best else [])}
+        for step in self.steps():
+            if step not in keep:
+                self._remove(self.folder / str(step))
+
+    def _remove(self, path: Path) -> None:
+        # A kill in the middle of the removal must not leave half a step under its number.
+        doomed = path.with_name(f"{path.name}.deleting")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _abandon(self) -> None:
+        """Frees the space of a save that failed."""
+        if jax.process_index() == 0:
+            for path in self.folder.glob(f"{self._saving}.unverified*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _failed(self, error: BaseException) -> UserError:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause = lines[0] if lines else type(error).__name__
+        if re.search(r"No space left on device|ENOSPC|Disk quota exceeded", str(error)):
+            cause = "the disk is full"
+        intact = ", ".join(map(str, self.steps()))
+        kept = f"the checkpoints of steps {intact} are intact" if intact else "there is no earlier checkpoint"
+        return UserError(
+            f"Saving step {self._saving} in {self.folder} failed: {cause[:300]}; {kept}. Put it right and run the same "
+            "command again."
+        )
+
+    def _create_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / ".probe"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"Cannot write in workdir {self.workdir}: {error.strerror}; choose another --workdir."
+            ) from error
+
+    def _remove_leftovers(self) -> None:
+        """What a killed process left half-written."""
+        for path in self.folder.iterdir():
+            if re.fullmatch(r"\d+\.(unverified.*|deleting)", path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+    # --- restoring ---
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames steps newer than `step`, which are damaged, to `damaged-<step>`: training will write them again."""
+        if jax.process_index() == 0:
+            for newer in (number for number in self.steps() if number > step):
+                aside = self.folder / f"damaged-{newer}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(newer)).rename(aside)
+        self.barrier(f"set_aside_after_{step}")
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of `step`, typed: shapes, dtypes and shardings as `abstract` (`jax.ShapeDtypeStruct` leaves) says.
+
+        The checkpoint may have been written on any number of devices and processes.
+
+        Raises:
+          UserError: the checkpoint is damaged, or holds other parameters, shapes or dtypes than `abstract`.
+        """
+        self._verify_together(step)
+        trees = {name: getattr(abstract, name) for name in _ITEMS}
+        wanted = {name: tree for name in _ITEMS if (tree := _plain(trees[name]))}
+        self._compare(step, wanted)
+        with jax.transfer_guard("allow"):
+            arguments = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+            restored = _read(self.folder / str(step), ocp.args.Composite(**arguments))
+            count = jax.device_put(np.int32(step), abstract.step.sharding)
+            parts = {name: _like(trees[name], restored.get(name) or {}) for name in _ITEMS}
+            return TrainState(step=count, **parts)
+
+    def read_data(self, step: int) -> dict[str, Any]:
+        """What `save` was given as `data`."""
+        return self._read_json(step, "data")
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """What `save` was given as `meta`."""
+        return self._read_json(step, "meta")
+
+    def _read_json(self, step: int, item: str) -> dict[str, Any]:
+        self.verify(step)
+        return _read(self.folder / str(step), ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+
+    def restore_variables(self, step: int, which: str = "params", shardings: Any = None) -> dict[str, Any]:
+        """The model's variables: {"params": ..., "batch_stats": ...}, without optimizer state.
+
+        Args:
+          which: "params", or "ema" for the moving average of the parameters.
+          shardings: a tree like the result; None gives NumPy arrays.
+
+        Raises:
+          UserError: a damaged checkpoint, or one without a moving average.
+        """
+        if which not in ("params", "ema"):
+            raise UserError(f"which is {which!r}; it must be 'params' or 'ema'.")
+        self.verify(step)
+        folder = self.folder / str(step)
+        if not (folder / which).is_dir():
+            raise UserError(f"The checkpoint of step {step} in {self.folder} has no {which}: it was trained without.")
+        items = {"params": which, "batch_stats": "statistics"}
+        variables = {}
+        for name, item in items.items():
+            if not (folder / item).is_dir():
+                continue
+            stored = _metadata(folder / item)
+            if shardings is None:
+                how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            else:
+                how = jax.tree.map(
+                    lambda leaf, place: ocp.ArrayRestoreArgs(sharding=place, global_shape=leaf.shape, dtype=leaf.dtype),
+                    stored,
+                    shardings[name],
+                )
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, jax.transfer_guard("allow"):
+                arguments = ocp.args.PyTreeRestore(item=stored, restore_args=how)
+                variables[name] = reader.restore(epath.Path(folder / item), args=arguments)
+        return variables
+
+    def _verify_together(self, step: int) -> None:
+        failed, message = 0, ""
+        try:
+            if jax.process_index() == 0:
+                self.verify(step)
+            elif step not in self.steps():
+                raise UserError(f"This process does not see {self.folder / str(step)}: workdir must be shared.")
+        except UserError as error:
+            failed, message = 1, str(error)
+        if jax.process_count() > 1:
+            with jax.transfer_guard("allow"):
+                failed = int(np.sum(multihost_utils.process_allgather(np.int32(failed))))
+        if failed:
+            raise UserError(message or f"The checkpoint of step {step} cannot be used: see the message of process 0.")
+
+    def _compare(self, step: int, wanted: dict[str, Any]) -> None:
+        """Orbax casts dtypes without a word and describes the first difference only; we list them."""
+        folder, problems = self.folder / str(step), []
+        for name in _ITEMS:
+            stored = named_leaves(_metadata(folder / name)) if (folder / name).is_dir() else {}
+            asked = named_leaves(wanted.get(name, {}))
+            problems += [f"{name}/{path} is not in the checkpoint" for path in asked if path not in stored]
+            problems += [f"{name}/{path} is only in the checkpoint" for path in stored if path not in asked]
+            for path in asked.keys() & stored.keys():
+                there, here = _describe(stored[path]), _describe(asked[path])
+                if there != here:
+                    problems.append(f"{name}/{path} is {there} in the checkpoint and {here} in the config's model")
+        if problems:
+            problems.sort()
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise UserError(
+                f"The checkpoint of step {step} in {self.folder} does not fit the config: {'; '.join(problems[:8])}"
+                f"{more}. "
+                "Use the config it was trained with, or another workdir (config.init.workdir takes over what fits)."
+            )
+
+    # --- processes ---
+
+    def barrier(self, name: str, seconds: int = BARRIER_SECONDS) -> None:
+        """Waits until every process is here; :class:`UserError` when one is not within `seconds`."""
+        if jax.process_count() == 1:
+            return
+        wait = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
+        try:
+            wait(key=f"jax_densevit_{name}", timeout_ms=seconds * 1000)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(
+                f"Another process did not arrive at {name!r} within {seconds} s: look at its log."
+            ) from error
+
+
+def _from_process_0(value: int) -> int:
+    if jax.process_count() == 1:
+        return value
+    with jax.transfer_guard("allow"):
+        return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _read(folder: Path, arguments: ocp.args.Composite) -> Any:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return reader.restore(epath.Path(folder), args=arguments)
+
+
+def _metadata(folder: Path) -> Any:
+    """A nested dict like the stored one, with leaves that have `shape` and `dtype`."""
+    return ocp.StandardCheckpointHandler().metadata(epath.Path(folder)).tree
+
+
+def _describe(leaf: Any) -> str:
+    return f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def _plain(tree: Any) -> dict[str, Any]:
+    """Any pytree as nested dicts by the names of its path (`{"0": {"mu": {...}}}`), which every library can read.
+
+    Arrays without elements, which Orbax refuses, are left out; :func:`_like` makes them again.
+    """
+    result: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if 0 in leaf.shape:
+            continue
+        *parents, last = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        place = result
+        for key in parents:
+            place = place.setdefault(key, {})
+        place[last] = leaf
+    return result
+
+
+def _like(tree: Any, plain: dict[str, Any]) -> Any:
+    """The inverse of :func:`_plain`: the structure of `tree` with the leaves of `plain`."""
+
+    def leaf(path, abstract):
+        if 0 in abstract.shape:
+            return jax.device_put(np.zeros(abstract.shape, abstract.dtype), abstract.sharding)
+        place = plain
+        for key in path:
+            place = place[jax.tree_util.keystr((key,), simple=True)]
+        return place
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
