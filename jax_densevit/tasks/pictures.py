@@ -166,7 +166,7 @@ def confusion_picture(matrix: Sequence[Sequence[int]], classes: Sequence[str], t
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    drawn.cmap.set_bad("0.93")
+    axes.set_facecolor("0.93")  # shows through where a class has no labelled pixels
     size = 9 if k <= 40 else 5
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=size)
     axes.set_yticks(range(k), classes, fontsize=size)

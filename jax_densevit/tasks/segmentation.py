@@ -226,6 +226,16 @@ class SegmentationTask:
         }
         return {name: float("nan") if value is None else value for name, value in numbers.items()}
 
+    def protocol(self) -> dict[str, Any]:
+        """How predictions are made, JSON-ready: whatever changes a score."""
+        names = ("mode", "crop", "stride", "base_size", "short_side_at_least", "scales", "flip")
+        return {"task": "segmentation", "ignore": self.info.ignore, **{name: getattr(self, name) for name in names}}
+
+    def charts(self, results: dict[str, dict[str, Any]]) -> dict[str, Image.Image]:
+        """The confusion matrix as a picture."""
+        scores = results["segmentation"]
+        return {"confusion": pictures.confusion_picture(scores["confusion"], self.info.classes)}
+
     def sheet(self, examples: list[dict[str, np.ndarray]]) -> Image.Image:
         """One row per example: image, prediction, labels, errors; with a legend of the classes."""
         return pictures.sheet(examples, self.info)
