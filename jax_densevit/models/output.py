@@ -1,4 +1,4 @@
-"""What every dense model returns."""
+"""What models return: one struct for dense predictions, one for classes."""
 
 import flax.struct
 import jax
@@ -25,3 +25,18 @@ class DenseOutput:
     auxiliary: tuple[jax.Array, ...] = ()
     features: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
     covers: tuple[int, int] = flax.struct.field(pytree_node=False, default=(0, 0))
+
+
+@flax.struct.dataclass
+class ClassOutput:
+    """Predictions of an image classifier.
+
+    Attributes:
+      logits: `[B, K]` float32.
+      auxiliary: further `[B, K]` float32, in training only, where the model documents them.
+      features: intermediate arrays by name, where the model documents them.
+    """
+
+    logits: jax.Array
+    auxiliary: tuple[jax.Array, ...] = ()
+    features: dict[str, jax.Array] = flax.struct.field(default_factory=dict)

@@ -1,0 +1,261 @@
+"""The pre-LN transformer encoder that every plain ViT here shares: blocks unrolled or scanned, kept or rematerialised.
+
+Parameter trees of the two forms convert into each other with :func:`stack_blocks` and :func:`unstack_blocks`.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_densevit.errors import UserError, check_name
+from jax_densevit.layers.attention import SelfAttention, attention_macs
+
+# What the backward pass finds in memory, and what it computes again.
+REMAT_POLICIES = {
+    "none": None,  # keep everything
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block: least memory, a third more compute
+    "dots": jax.checkpoint_policies.dots_saveable,  # keep the results of all matrix products
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the same without the T x T attention
+}
+GELUS = ("erf", "tanh")
+
+
+def gelu(x: jax.Array, flavor: str = "erf") -> jax.Array:
+    """GELU (Hendrycks & Gimpel 2016): "erf" is exact (timm, DeiT, SETR), "tanh" the approximation (Google's ViTs)."""
+    check_name("GELU flavour", flavor, GELUS)
+    return jax.nn.gelu(x, approximate=flavor == "tanh")
+
+
+def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array) -> jax.Array:
+    """Stochastic depth (Huang et al. 2016): zeroes whole examples of a residual branch, scales the others by 1 / keep.
+
+    `rate` may be traced, so that the layers of a scan can have different rates.
+    """
+    keep = 1.0 - rate
+    kept = jax.random.bernoulli(key, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+
+
+class Mlp(nn.Module):
+    """`fc2(dropout(gelu(fc1(x))))`, the feed-forward half of a block. Attributes as in :class:`EncoderBlock`."""
+
+    mlp_size: int
+    gelu: str = "erf"
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """`[..., D]` -> `[..., D]`."""
+        init = nn.initializers.normal(0.02)
+        y = nn.Dense(self.mlp_size, dtype=self.dtype, kernel_init=init, name="fc1")(x)
+        y = nn.Dropout(self.dropout)(gelu(y, self.gelu), deterministic=not train)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="fc2")(y)
+
+
+class EncoderBlock(nn.Module):
+    """Pre-LN transformer block: `x += attention(norm1(x)); x += mlp(norm2(x))` (Dosovitskiy et al. 2021).
+
+    Attributes:
+      num_heads, mlp_size: sizes.
+      gelu: "erf" or "tanh".
+      norm_epsilon: epsilon of the layer norms (1e-6 in nearly all ViTs, 1e-12 in Hugging Face's).
+      dropout: rate after the attention projection, after GELU and after fc2 (Google's placement).
+      stochastic: whether residual branches are dropped at the rate given to the call.
+      attention: implementation of attention, see `attend`.
+      dtype: type of the computation. Layer-norm statistics are float32 whatever it is.
+    """
+
+    num_heads: int
+    mlp_size: int
+    gelu: str = "erf"
+    norm_epsilon: float = 1e-6
+    dropout: float = 0.0
+    stochastic: bool = False
+    attention: str = "xla"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, drop_path_rate: jax.Array | float = 0.0, *, train: bool = False) -> jax.Array:
+        """`[B, T, D]` -> `[B, T, D]`. Needs the rng stream "dropout" in training when a rate is above 0."""
+
+        def residual(branch):
+            branch = nn.Dropout(self.dropout)(branch, deterministic=not train)
+            return drop_path(branch, drop_path_rate, self.make_rng("dropout")) if train and self.stochastic else branch
+
+        y = layer_norm(self.norm_epsilon, self.dtype, "norm1")(x)
+        x = x + residual(SelfAttention(self.num_heads, self.attention, self.dtype, name="attention")(y))
+        y = layer_norm(self.norm_epsilon, self.dtype, "norm2")(x)
+        mlp = Mlp(self.mlp_size, self.gelu, self.dropout, self.dtype, name="mlp")
+        return x + residual(mlp(y, train=train))
+
+
+def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
+    """A layer norm with float32 statistics by the two-pass formula (the one-pass one loses digits on large means)."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Encoder(nn.Module):
+    """A stack of :class:`EncoderBlock`, without a final norm.
+
+    Parameters, unrolled: `block_0`, `block_1`, ... Scanned: one entry `blocks_<start>_<stop>` per segment between taps,
+    whose leaves carry the layers `start .. stop - 1` on axis 0. The same key initialises both forms to the same
+    numbers, and the same dropout key drops the same elements.
+
+    Attributes:
+      num_layers: number of blocks.
+      taps: block numbers, counted from 1, whose outputs are returned beside the last one's.
+      dropout: see :class:`EncoderBlock`.
+      drop_path: rate of stochastic depth of the last block; block i of L has `drop_path * i / (L - 1)`.
+      scan: run each segment as one scanned block: program size and tracing time no longer grow with depth.
+      remat: a name of `REMAT_POLICIES`. Scanning without it keeps more memory than unrolling: use them together.
+      Others: see :class:`EncoderBlock`.
+    """
+
+    num_layers: int
+    num_heads: int
+    mlp_size: int
+    taps: tuple[int, ...] = ()
+    gelu: str = "erf"
+    norm_epsilon: float = 1e-6
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    attention: str = "xla"
+    scan: bool = False
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> dict[int, jax.Array]:
+        """`[B, T, D]` -> {block number from 1: its output `[B, T, D]`} for every tap and the last block."""
+        block = EncoderBlock(
+            num_heads=self.num_heads,
+            mlp_size=self.mlp_size,
+            gelu=self.gelu,
+            norm_epsilon=self.norm_epsilon,
+            dropout=self.dropout,
+            stochastic=self.drop_path > 0,
+            attention=self.attention,
+            dtype=self.dtype,
+            parent=None,  # applied as a function: its parameters are held here, one entry per block or per segment
+        )
+        random = train and (self.dropout > 0 or self.drop_path > 0)
+        drop_keys = _keys(self.make_rng("dropout"), self.num_layers) if random else None
+        # Not a key of its own per block: scanned and unrolled encoders must start from the same numbers.
+        initializing = self.is_initializing()
+        init_keys = _keys(self.make_rng("params") if initializing else jax.random.key(0), self.num_layers)
+        rates = jnp.asarray(np.linspace(0.0, self.drop_path, self.num_layers), jnp.float32)
+        one_token = jnp.zeros((1, 1, x.shape[-1]), self.dtype)
+
+        def initial(key):
+            return block.init(key, one_token)["params"]
+
+        def apply(x, layer):
+            params, rate, key = layer
+            return block.apply({"params": params}, x, rate, train=train, rngs=None if key is None else {"dropout": key})
+
+        apply = rematerialise(apply, self.remat, prevent_cse=not self.scan)
+        outputs = {}
+        for start, stop in segments(self.num_layers, self.taps):
+            if self.scan:
+                params = self.param(
+                    f"blocks_{start}_{stop}", lambda _, a=start, b=stop: jax.vmap(initial)(init_keys[a:b])
+                )
+                layers = (params, rates[start:stop], None if drop_keys is None else drop_keys[start:stop])
+                x, _ = jax.lax.scan(lambda x, layer: (apply(x, layer), None), x, layers)
+            else:
+                for i in range(start, stop):
+                    params = self.param(f"block_{i}", lambda _, i=i: initial(init_keys[i]))
+                    x = apply(x, (params, rates[i], None if drop_keys is None else drop_keys[i]))
+            outputs[stop] = x
+        return outputs
+
+
+def _keys(key: jax.Array, count: int) -> jax.Array:
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+
+
+def segments(num_layers: int, taps: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """The (start, stop) ranges of blocks between taps: `segments(24, (10, 15))` is `[(0, 10), (10, 15), (15, 24)]`.
+
+    Raises:
+      UserError: a tap outside 1 .. num_layers.
+    """
+    for tap in taps:
+        if not 1 <= tap <= num_layers:
+            raise UserError(
+                f"There is no block {tap} to tap: the encoder's num_layers={num_layers} blocks count from 1."
+            )
+    stops = sorted({*taps, num_layers})
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def rematerialise(function, policy: str, *, prevent_cse: bool = True):
+    """`function` under `jax.checkpoint` with a named policy of `REMAT_POLICIES`; itself for "none".
+
+    `prevent_cse=False` is right (and faster) inside `lax.scan` only.
+    """
+    check_name("rematerialisation policy (remat)", policy, REMAT_POLICIES)
+    if policy == "none":
+        return function
+    return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=prevent_cse)
+
+
+def encoder_macs(tokens: int, width: int, num_layers: int, mlp_size: int) -> int:
+    """Multiply-accumulates of the blocks of an encoder for one sequence of `tokens` tokens."""
+    return num_layers * (attention_macs(tokens, width) + 2 * tokens * width * mlp_size)
+
+
+_UNROLLED = re.compile(r"block_(\d+)")
+_STACKED = re.compile(r"blocks_(\d+)_(\d+)")
+
+
+def unstack_blocks(tree: dict[str, Any]) -> dict[str, Any]:
+    """Turns every scanned encoder of a parameter tree (nested dicts, at any depth) into its unrolled form.
+
+    Works on parameters and on everything shaped like them (moving averages, gradients). Leaves may be JAX or NumPy
+    arrays. A tree that is unrolled already comes back equal.
+    """
+    out = {}
+    for name, value in tree.items():
+        stacked = _STACKED.fullmatch(name)
+        if stacked:
+            start, stop = int(stacked[1]), int(stacked[2])
+            for i in range(start, stop):
+                out[f"block_{i}"] = jax.tree.map(lambda leaf, j=i - start: leaf[j], value)
+        else:
+            out[name] = unstack_blocks(value) if isinstance(value, dict) else value
+    return out
+
+
+def stack_blocks(tree: dict[str, Any], taps: Sequence[int] = ()) -> dict[str, Any]:
+    """Turns every unrolled encoder of a parameter tree into the scanned form of an encoder with these `taps`.
+
+    The inverse of :func:`unstack_blocks`; to move a scanned tree to other taps, unstack it first.
+
+    Args:
+      tree: nested dicts with entries `block_0`, `block_1`, ... somewhere.
+      taps: of the encoder that will read the result (`Encoder.taps`; for SETR `model.taps`).
+    """
+    blocks = {int(m[1]): value for name, value in tree.items() if (m := _UNROLLED.fullmatch(name))}
+    out = {}
+    for name, value in tree.items():
+        if not _UNROLLED.fullmatch(name):
+            out[name] = stack_blocks(value, taps) if isinstance(value, dict) else value
+    if blocks:
+        if sorted(blocks) != list(range(len(blocks))):
+            raise ValueError(
+                f"the blocks of an unrolled encoder must be 0 .. {len(blocks) - 1}; found {sorted(blocks)}"
+            )
+        for start, stop in segments(len(blocks), taps):
+            out[f"blocks_{start}_{stop}"] = jax.tree.map(_stack, *(blocks[i] for i in range(start, stop)))
+    return out
+
+
+def _stack(*leaves):
+    return np.stack(leaves) if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp.stack(leaves)
