@@ -1,0 +1,73 @@
+"""Convolution blocks that several models share."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jax_densevit.layers.normalization import BatchNorm
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch normalisation, ReLU: the step that U-Nets and convolutional heads are made of.
+
+    Parameters: `conv/kernel [k, k, C, features]` (and `conv/bias`), `norm/{scale,bias}`; statistics
+    `norm/{mean,var}`. The borders are padded with zeros so that the size stays.
+
+    Attributes:
+      features: output channels.
+      kernel_size: k, odd.
+      use_bias: whether the convolution has a bias. The normalisation removes it again; some published models carry one.
+      dtype: type of the computation; parameters and statistics are float32.
+    """
+
+    features: int
+    kernel_size: int = 3
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """`[B, h, w, C]` -> `[B, h, w, features]`; `train` normalises by the batch and updates the statistics."""
+        x = nn.Conv(
+            self.features,
+            (self.kernel_size, self.kernel_size),
+            padding=self.kernel_size // 2,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.he_normal(),
+            name="conv",
+        )(x)
+        return nn.relu(BatchNorm(name="norm")(x, train))
+
+
+class Upsample(nn.Module):
+    """Transposed convolution whose kernel is as large as its stride, so that output patches do not overlap.
+
+    Each input pixel becomes a patch of `factor` x `factor` pixels by one matrix product: pixel (a, b) of the patch is
+    `x[i, j] @ kernel[a, b] + bias`. A PyTorch `ConvTranspose2d(kernel_size=factor, stride=factor)` weight
+    `[C, features, a, b]` is this kernel transposed to (2, 3, 0, 1), not flipped.
+
+    Parameters: `kernel [factor, factor, C, features]`, `bias [features]`.
+
+    Attributes:
+      features: output channels.
+      factor: how many times larger the map becomes.
+      dtype: type of the computation; parameters are float32.
+    """
+
+    features: int
+    factor: int = 2
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> `[B, h * factor, w * factor, features]`."""
+        batch, height, width, channels = x.shape
+        # Only C inputs meet in an output value: the spatial axes of the kernel are outputs here, not fan-in.
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0, 1))
+        kernel = self.param("kernel", init, (self.factor, self.factor, channels, self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        y = jnp.einsum("bijc,hwcf->bihjwf", x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return y.reshape(batch, height * self.factor, width * self.factor, self.features)
