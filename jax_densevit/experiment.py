@@ -29,7 +29,7 @@ from jax_densevit.models.registry import find_model
 from jax_densevit.tasks import create_task
 from jax_densevit.tasks.task import Task
 from jax_densevit.training.checkpoint import Checkpoints
-from jax_densevit.training.mesh import make_mesh
+from jax_densevit.training.mesh import check_batch_size, make_mesh, replicated
 from jax_densevit.training.optimizer import make_optimizer
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
@@ -164,11 +164,7 @@ def build(config: ConfigDict, devices: list | None = None) -> Experiment:
     info = source.info
     task = _task(config, info)
     mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
-    if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate):
-        raise UserError(
-            f"config.batch_size={config.batch_size} must be a multiple of devices x microbatches = "
-            f"{mesh.shape['data'] * mesh.shape['fsdp']} x {config.accumulate}."
-        )
+    check_batch_size(config.batch_size, mesh, config.accumulate)
     steps = config.steps
     if steps is None:
         steps = math.ceil(config.epochs * len(source) / config.batch_size)
@@ -225,7 +221,13 @@ def build_evaluators(config: ConfigDict, info: DataInfo, names: tuple[str, ...] 
     return tuple(evaluators)
 
 
-def load(workdir: str | Path, step: int | None = None, which: str = "best", decode: dict | None = None) -> Loaded:
+def load(
+    workdir: str | Path,
+    step: int | None = None,
+    which: str = "best",
+    decode: dict | None = None,
+    mesh: Mesh | None = None,
+) -> Loaded:
     """Loads a trained model from its workdir, on whatever devices are here.
 
     Args:
@@ -233,6 +235,7 @@ def load(workdir: str | Path, step: int | None = None, which: str = "best", deco
       step: the step to load; None takes the best one where the config named a score, else the latest.
       which: "best" prefers the moving average of the parameters where one was kept; "ema" or "params" insist.
       decode: overrides of the task's decoding options, e.g. `{"mode": "slide", "flip": True}`.
+      mesh: where the parameters go, a copy on every device; None takes the first device alone.
 
     Raises:
       UserError: no intact checkpoint there (never returns random weights).
@@ -245,7 +248,8 @@ def load(workdir: str | Path, step: int | None = None, which: str = "best", deco
     task = _task(config, info, decode)
     model = create_model(**meta["model_options"])
     which = ("ema" if config.ema else "params") if which == "best" else which
-    variables = checkpoints.restore_variables(step, which)
+    place = replicated(mesh) if mesh is not None else jax.local_devices()[0]
+    variables = jax.device_put(checkpoints.restore_variables(step, which), place)
     apply = jax.jit(lambda variables, *inputs: model.apply(variables, *inputs, train=False))
 
     def forward(*inputs):
