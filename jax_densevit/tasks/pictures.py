@@ -110,9 +110,9 @@ def label_map(labels: np.ndarray, info: DataInfo) -> Image.Image:
 
 
 def write_prediction(
-    image: np.ndarray, prediction: dict[str, np.ndarray], info: DataInfo, folder: Path, stem: str, facts: dict[str, Any]
-) -> list[Path]:
-    """The files of `SegmentationTask.write`; returns their paths."""
+    image: np.ndarray, prediction: dict[str, np.ndarray], info: DataInfo, paths: Sequence[Path], facts: dict[str, Any]
+) -> None:
+    """Writes label map, overlay and JSON of one image to the three `paths`."""
     labels = np.asarray(prediction["labels"])
     counts = np.bincount(labels.ravel(), minlength=len(info.classes))
     report = {
@@ -137,12 +137,10 @@ def write_prediction(
         report["mean_confidence"] = float(confidence.mean())
         for row in report["classes"]:
             row["mean_confidence"] = float(confidence[labels == row["id"]].mean())
-    paths = [folder / f"{stem}.png", folder / f"{stem}_overlay.png", folder / f"{stem}.json"]
     for path, picture in zip(paths[:2], (label_map(labels, info), overlay(image, labels, info)), strict=True):
         with whole_file(path) as part:
             picture.save(part)
     write_json(paths[2], report)
-    return paths
 
 
 def confusion_picture(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str = "") -> Image.Image:

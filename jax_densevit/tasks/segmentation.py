@@ -155,7 +155,7 @@ class SegmentationTask:
         forward: Callable[..., DenseOutput],
         batch: Batch,
         *,
-        confidence: bool = False,
+        full: bool = False,
         probabilities: bool = False,
     ) -> Batch:
         """Label maps at the resolution of the labels (of the images where there are none).
@@ -163,7 +163,7 @@ class SegmentationTask:
         Args:
           forward: jitted model, images `[N, h, w, 3]` to `DenseOutput`.
           batch: "image" uint8 `[B, H, W, 3]`, and "labels" if they are known.
-          confidence: also return "confidence", float32 `[B, H, W]`: the probability of the chosen class.
+          full: also return "confidence", float32 `[B, H, W]`: the probability of the chosen class.
           probabilities: also return "probabilities", float32 `[B, H, W, K]`.
 
         Returns:
@@ -184,9 +184,9 @@ class SegmentationTask:
                 logits, covers = output.logits, output.covers
             self._checked(logits)
             if len(passes) == 1 and not probabilities:
-                return _choose(self, logits, covers, test_size, size, confidence)
+                return _choose(self, logits, covers, test_size, size, full)
             total = _add_probabilities(self, total, logits, covers, test_size, size, flip)
-        return _choose_most_probable(total, len(passes), confidence, probabilities)
+        return _choose_most_probable(total, len(passes), full, probabilities)
 
     def decoding_size(self, height: int, width: int, scale: float = 1.0) -> tuple[int, int]:
         """(height, width) at which a picture is fed at `scale`, by `base_size` and `short_side_at_least`."""
@@ -240,6 +240,10 @@ class SegmentationTask:
         """One row per example: image, prediction, labels, errors; with a legend of the classes."""
         return pictures.sheet(examples, self.info)
 
+    def file_names(self, stem: str) -> tuple[str, ...]:
+        """The names of the files that :meth:`write` makes."""
+        return f"{stem}.png", f"{stem}_overlay.png", f"{stem}.json"
+
     def write(
         self,
         image: np.ndarray,
@@ -248,7 +252,7 @@ class SegmentationTask:
         stem: str,
         facts: dict[str, Any] | None = None,
     ) -> list[Path]:
-        """Writes `<stem>.png` (palette PNG whose indices are the ids), `<stem>_overlay.png` and `<stem>.json`.
+        """Writes the label map (palette PNG whose indices are the ids), the colour overlay and the JSON of one image.
 
         Args:
           image: uint8 `[H, W, 3]`.
@@ -256,7 +260,9 @@ class SegmentationTask:
           folder, stem: where to, and how the files are named.
           facts: what else the JSON shall say.
         """
-        return pictures.write_prediction(image, prediction, self.info, Path(folder), stem, facts or {})
+        paths = [Path(folder) / name for name in self.file_names(stem)]
+        pictures.write_prediction(image, prediction, self.info, paths, facts or {})
+        return paths
 
     def _checked(self, logits: jax.Array) -> jax.Array:
         if logits.shape[-1] != self.num_outputs:

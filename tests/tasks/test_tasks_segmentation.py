@@ -118,8 +118,8 @@ def check(options, sizes, image, label_size=None):
     batch = {"image": image}
     if label_size:
         batch["labels"] = np.zeros((len(image), *label_size), np.uint8)
-    answer = task.decode(model, batch, confidence=True, probabilities=True)
-    plain = task.decode(model, batch, confidence=True)
+    answer = task.decode(model, batch, full=True, probabilities=True)
+    plain = task.decode(model, batch, full=True)
     assert answer["labels"].dtype == jnp.int32 and plain["labels"].shape == answer["labels"].shape
     for i, picture in enumerate(image):
         expected = slow_decode(
