@@ -124,6 +124,6 @@ class UNet(nn.Module):
 
 
 def _pad_to(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Zeros around `[B, h, w, C]` up to `size`; of an odd number of missing rows or columns the bottom and right get more."""
+    """Zeros around `[B, h, w, C]` up to `size`; of an odd number of missing rows or columns the end gets more."""
     missing = [want - have for want, have in zip(size, x.shape[1:3], strict=True)]
     return jnp.pad(x, ((0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0))) if any(missing) else x
