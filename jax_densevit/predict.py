@@ -86,9 +86,7 @@ def check_outputs(
     """Raises :class:`UserError` where writing would feed on itself or destroy something."""
     where, inside = output.resolve(), given.resolve()
     if given.is_dir() and (where == inside or inside in where.parents):
-        raise UserError(
-            f"The output {output} lies in the input {given}: choose a folder outside, or predict its own files."
-        )
+        raise UserError(f"The output {output} lies in the input {given}: choose a folder outside it.")
     if output.exists() and not output.is_dir():
         raise UserError(f"The output {output} is a file; name a folder.")
     files = [where / stem.with_name(file) for stem in stems.values() for file in task.file_names(stem.name)]
