@@ -1,6 +1,10 @@
 """An evaluation gives the NumPy answer over the whole set, whatever the batch size and the number of devices."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -142,3 +146,34 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         save_evaluation(found, task, tmp_path / "file", "val", 1, {})
+
+
+def summary_of(mesh):
+    """Everything that an evaluation of 13 scenes by windows gives, as JSON."""
+    task = SegmentationTask(INFO, mode="slide", crop=8, stride=5, flip=True)
+    found = evaluate(task, forward, Scenes(13), mesh=mesh, batch_size=4, sheet=3)
+    shown = [[example["name"], example["predicted_labels"].tolist()] for example in found.examples]
+    return json.dumps([found.results, found.count, shown])
+
+
+@pytest.mark.multiprocess
+def test_two_processes_give_what_one_gives():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    workers = [
+        subprocess.Popen([sys.executable, __file__, port, str(i)], stdout=subprocess.PIPE, text=True, env=environment)
+        for i in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=120)[0].strip().splitlines()[-1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert outputs[0] == outputs[1] == summary_of(make_mesh(devices=jax.devices()[:1]))
+
+
+if __name__ == "__main__":  # one of the processes of the test above
+    jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
+    print(summary_of(make_mesh()))
