@@ -73,11 +73,17 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), min
             free = [d for d in range(leaf.ndim) if not axes[d] and leaf.shape[d] % mesh.shape["fsdp"] == 0]
             if free:
                 axes[max(free, key=lambda d: leaf.shape[d])] = ("fsdp",)
-        while axes and not axes[-1]:
-            axes.pop()
-        return NamedSharding(mesh, PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes)))
+        return NamedSharding(mesh, _spec(axes))
 
     return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def _spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    """The partition spec of a tuple of axis names per dimension, in its shortest form."""
+    entries = [names[0] if len(names) == 1 else names or None for names in axes]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 def _normal(pattern: str, axes: Sequence[str | Sequence[str] | None]) -> list[tuple[str, ...]]:
@@ -92,6 +98,24 @@ def _normal(pattern: str, axes: Sequence[str | Sequence[str] | None]) -> list[tu
         if named.count(name) > 1:
             raise UserError(f"sharding_rules: {pattern!r} names the mesh axis {name!r} twice.")
     return given
+
+
+def gather(params: Any, shardings: Any) -> Any:
+    """Parameters as a model should compute with them: whole along "fsdp", still divided along "tensor". Inside `jit`.
+
+    Without this the compiler lets activations inherit the division of the parameters, and every device ends up with the
+    activations of the whole batch. What comes back as gradient is to be constrained to `shardings` again.
+
+    Args:
+      params: parameters divided as `shardings` says.
+      shardings: from `parameter_shardings`.
+    """
+
+    def whole(sharding: NamedSharding) -> NamedSharding:
+        axes = [(axis,) if isinstance(axis, str) else axis or () for axis in sharding.spec]
+        return NamedSharding(sharding.mesh, _spec([tuple(a for a in names if a != "fsdp") for names in axes]))
+
+    return jax.lax.with_sharding_constraint(params, jax.tree.map(whole, shardings))
 
 
 def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,18 @@ def test_eight_devices_equal_one(name, accumulate):
     # Nothing has moved away from where it belongs.
     for leaf, sharding in zip(jax.tree.leaves(eight.state), jax.tree.leaves(eight.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fsdp_gathers_parameters_and_never_activations(accumulate):
+    training = Training(
+        model=TinyModel(width=64, norm=True), mesh=make_mesh(data=1, fsdp=8), minimum_bytes=0, accumulate=accumulate
+    )
+    text = training.step.lower(training.abstract, training.shapes).compile().as_text()
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
+    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(training.abstract.params)}
+    assert "64,64" in gathered and set(gathered) <= shapes
+    assert " all-to-all(" not in text and " collective-permute(" not in text
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
