@@ -10,6 +10,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from jax_densevit.writing import whole_file
+
 NAME = "manifest.json"
 _BLOCK = 1 << 22
 
@@ -58,22 +60,12 @@ def find_damage(folder: Path) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small file so that after a crash it holds its old content or all of the new: tmp, fsync, rename."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """:func:`write_text` for bytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
+    """Writes a small file so that after a power cut it holds its old content or all of the new."""
+    with whole_file(path) as part:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 

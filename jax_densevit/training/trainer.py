@@ -1,0 +1,415 @@
+"""The training loop, to be read from top to bottom: start or resume, step, log, save, evaluate, stop.
+
+It knows an experiment by its attributes (see `jax_densevit.experiment.Experiment`), and no task or model by name.
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jax_densevit.errors import UserError
+from jax_densevit.training.checkpoint import Checkpoints
+from jax_densevit.training.evaluation import evaluate, save_evaluation
+from jax_densevit.training.hardware import peak_flops
+from jax_densevit.training.initial import take_over
+from jax_densevit.training.lock import WorkdirLock
+from jax_densevit.training.logging import RunLog
+from jax_densevit.training.manifest import write_text
+from jax_densevit.training.mesh import batch_sharding, replicated
+from jax_densevit.training.meter import Meter
+from jax_densevit.training.optimizer import trainable_parameters
+from jax_densevit.training.preemption import STOPPED, StopRequest
+from jax_densevit.training.prefetch import Feed
+from jax_densevit.training.state import TrainState, abstract_parameters, abstract_state, init_state, state_shardings
+from jax_densevit.training.step import Step, make_train_step
+
+DONE = 0
+PROFILED_STEPS = 5
+
+
+def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: bool = False) -> int:
+    """Trains until `experiment.steps`, from the newest intact checkpoint in `workdir` if there is one.
+
+    Every process of a multi-process run calls it with the same experiment and the same, shared, workdir.
+
+    Args:
+      quiet: print nothing but warnings.
+      strict: a damaged newest checkpoint is an error; else the one before is used, with a warning.
+
+    Returns:
+      The exit code: 0 when training is done, 75 when it was told to stop and saved its state.
+
+    Raises:
+      UserError: a workdir that cannot be used, damaged checkpoints, a loss that is not finite, a full disk, bad data.
+    """
+    workdir, config, main = Path(workdir).absolute(), experiment.config, jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if main:
+            stack.enter_context(WorkdirLock(workdir))
+        keeping = {"keep": config.checkpoint.keep, "best": config.checkpoint.best, "strict": strict}
+        checkpoints = stack.enter_context(Checkpoints(workdir, **keeping))
+        stop = stack.enter_context(StopRequest())
+
+        # Where to start: the newest intact checkpoint; whatever the log says about later steps is cut.
+        meta = json.loads(json.dumps(experiment.meta()))
+        _agree(meta)
+        found = checkpoints.latest_intact()
+        start = found or 0
+        _check_start(start, experiment.steps, workdir)
+        if found is not None:
+            _check_same_order(checkpoints.read_data(start), config, workdir)
+        settings = {"quiet": quiet, "tensorboard": config.log.tensorboard}
+        log = RunLog(workdir, step=start, steps=experiment.steps, main=main, **settings)
+        stack.callback(log.close)
+        if found is not None:
+            checkpoints.set_aside_after(start)
+        checkpoints.forget_after(start)
+        checkpoints.barrier("log_cut")
+        waiting = _due(experiment, start, log.evaluated(start)) if start else []
+        if start == experiment.steps and not waiting:
+            log.say(f"{workdir} has reached step {start} already: nothing to do. More steps: raise config.steps.")
+            return DONE
+        if main:
+            write_text(workdir / "config.json", json.dumps(meta["config"], indent=1) + "\n")
+
+        # The state: restored, taken over from another run, or fresh.
+        feed = Feed(experiment.train_stream(start), experiment.mesh)
+        stack.callback(feed.close)
+        first = next(feed)
+        parts = prepare(experiment, first[1])
+        if found is not None:
+            for line in _differences(checkpoints.read_meta(start).get("config", {}), meta["config"]):
+                log.say(f"The config differs from the checkpoint's: {line}")
+            state = checkpoints.restore(start, parts.target)
+            log.say(f"Resuming from step {start} of {experiment.steps} in {workdir}")
+        else:
+            state = parts.fresh()
+            if config.init.workdir:
+                state, sentence = take_over(state, config.init.workdir, tuple(config.init.leave_out))
+                log.say(sentence)
+            log.say(f"Training {experiment.steps} steps from the start in {workdir}")
+        saved = checkpoints.read_data(start) if found is not None else {}
+        meter = Meter(
+            step=start,
+            steps=experiment.steps,
+            batch_size=config.batch_size,
+            flops=_step_flops(experiment),
+            peak=_total_peak(experiment.mesh),
+            state=saved.get("meter"),
+        )
+        run = _Run(experiment, workdir, checkpoints, log, meter, feed, parts, stop, meta)
+        with jax.transfer_guard("disallow"):
+            code = run.loop(state, start, waiting, first)
+        checkpoints.wait()
+        if code == STOPPED:
+            log.say("Stopped; the state is saved: run the same command again to go on.")
+        return code
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What is compiled, and what the state looks like.
+
+    Attributes:
+      abstract, shardings: shapes and places of the state.
+      step: the training step.
+      fresh: makes the state of step 0.
+    """
+
+    abstract: TrainState
+    shardings: TrainState
+    step: Step
+    fresh: Callable[[], TrainState]
+
+    @property
+    def target(self) -> TrainState:
+        """Shapes with shardings, for a typed restore."""
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            self.abstract,
+            self.shardings,
+        )
+
+
+def prepare(experiment: Any, batch: dict[str, Any]) -> Parts:
+    """Optimizer, state shapes, shardings and step of an experiment for global batches like `batch` (or its shapes)."""
+    config, model, task, mesh = experiment.config, experiment.model, experiment.task, experiment.mesh
+    shapes = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=batch_sharding(mesh))
+        for name, value in batch.items()
+    }
+    if experiment.augment is not None:
+        shapes_in = jax.eval_shape(experiment.augment, shapes)
+    else:
+        shapes_in = shapes
+    params = abstract_parameters(model, task, shapes_in)
+    optimizer, schedule = experiment.make_optimizer(params)
+    abstract = abstract_state(model, task, optimizer, shapes_in, ema=bool(config.ema))
+    rules = tuple((pattern, tuple(axes)) for pattern, axes in config.sharding_rules)
+    shardings = state_shardings(abstract, mesh, rules)
+    step = make_train_step(
+        model,
+        task,
+        optimizer,
+        schedule,
+        mesh=mesh,
+        shardings=shardings,
+        augment=experiment.augment,
+        accumulate=config.accumulate,
+        ema=config.ema,
+        seed=config.seed,
+        trainable=trainable_parameters(config.optimizer.multipliers, params),
+    )
+
+    def fresh() -> TrainState:
+        return init_state(model, task, optimizer, shapes_in, shardings, seed=config.seed, ema=bool(config.ema))
+
+    return Parts(abstract, shardings, step, fresh)
+
+
+class _Stopped(Exception):
+    """An evaluation was left because the process was told to stop."""
+
+
+class _Run:
+    """One run of the loop: what it needs, so that its pieces have names."""
+
+    def __init__(self, experiment, workdir, checkpoints, log, meter, feed, parts, stop, meta):
+        self.experiment, self.workdir, self.meta = experiment, workdir, meta
+        self.checkpoints, self.log, self.meter = checkpoints, log, meter
+        self.feed, self.parts, self.stop = feed, parts, stop
+        self.unread: deque[tuple[int, Any, dict[str, jax.Array]]] = deque()  # numbers still on the devices
+        self.saved_at = -1
+        model = experiment.model
+        self._apply = jax.jit(lambda variables, *inputs: model.apply(variables, *inputs, train=False))
+        self._all_finite = jax.jit(_all_finite, out_shardings=replicated(experiment.mesh))
+
+    def loop(self, state: TrainState, step: int, waiting: list[Any], first: tuple[Any, dict[str, jax.Array]]) -> int:
+        """Trains from `step` to the end; `waiting` are evaluators that are due before the first step."""
+        experiment, every = self.experiment, self.experiment.config.checkpoint.every
+        self.saved_at = step
+        if waiting and not self.evaluate(waiting, state, step):
+            return STOPPED
+        first_step, profile_at, profiling = step + 1, experiment.config.log.profile_at, False
+        self.meter.restart_clock(step)
+        while step < experiment.steps:
+            clock = time.perf_counter()
+            indices, batch = first if first is not None else next(self.feed)
+            first = None
+            self.meter.wait(time.perf_counter() - clock)
+            if profile_at and step == profile_at:
+                profiling = self._start_profile()
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, numbers = self.parts.step(state, batch)
+            step += 1
+            self.unread.append((step, indices, numbers))
+            self.read(leave=1)
+            if profiling and step >= profile_at + PROFILED_STEPS:
+                self.read()
+                profiling = self._end_profile()
+            if step == first_step:  # compiling is over
+                self.read()
+                self.log.say(f"step {step}: first step done after {time.perf_counter() - clock:.1f} s (compiling)")
+                self.meter.restart_clock(step)
+            stopping = self.stop.reached(step)
+            due = [] if stopping else _due(experiment, step, set())
+            # A step is saved before it is evaluated: being stopped in a long evaluation then costs nothing.
+            if stopping or step == experiment.steps or (every and step % every == 0):
+                self.save(state, step)
+            if stopping:
+                return STOPPED
+            if due and not self.evaluate(due, state, step):
+                return STOPPED
+            self.checkpoints.check()
+        if profiling:
+            self._end_profile()
+        return DONE
+
+    def read(self, leave: int = 0) -> None:
+        """Reads the numbers of all steps but the `leave` latest (the devices stay busy with those) and logs them."""
+        every, steps = self.experiment.config.log.every, self.experiment.steps
+        while len(self.unread) > leave:
+            step, indices, on_device = self.unread.popleft()
+            numbers = {name: value.item() for name, value in jax.device_get(on_device).items()}
+            if not numbers.pop("finite"):
+                raise self._not_finite(step, indices, numbers)
+            self.meter.add(numbers)
+            self.log.progress(step)
+            if step % every == 0 or step == steps:
+                timing = self.meter.timing(step)
+                self.log.train(step, self.meter.numbers(), {**timing, "skipped": self.feed.bad or None})
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Saves in the background; never a state that is not finite."""
+        self.read()
+        if self.saved_at == step:
+            return
+        if not jax.device_get(self._all_finite(state)):
+            raise UserError(
+                f"The parameters are not finite after step {step}, though its loss is; step {step} is not saved. Lower "
+                f"optimizer.learning_rate or set optimizer.clip_norm. {self._last_good()}"
+            )
+        self.log.sync()
+        data = {
+            "step": step,
+            "batch_size": self.experiment.config.batch_size,
+            "seed": self.experiment.config.seed,
+            "meter": self.meter.state(),
+        }
+        self.checkpoints.save(step, state, data, {**self.meta, "step": step})
+        self.saved_at = step
+
+    def evaluate(self, due: list[Any], state: TrainState, step: int) -> bool:
+        """Runs evaluators and keeps the state if it is the best; False when told to stop: the state is saved then."""
+        self.read()
+        variables = {"params": state.params if state.ema is None else state.ema}
+        if state.statistics:
+            variables["batch_stats"] = state.statistics
+        main = jax.process_index() == 0
+
+        def forward(*inputs):
+            return self._apply(variables, *inputs)
+
+        def progress(done: int, total: int) -> None:
+            # Processes that left an evaluation one by one would wait for each other for ever.
+            if jax.process_count() == 1 and self.stop.requested:
+                raise _Stopped
+
+        for evaluator in due:
+            clock = time.perf_counter()
+            try:
+                with jax.transfer_guard("allow"):
+                    evaluation = evaluate(
+                        evaluator.task,
+                        forward,
+                        evaluator.source,
+                        mesh=self.experiment.mesh,
+                        batch_size=evaluator.batch_size,
+                        limit=evaluator.limit,
+                        sheet=evaluator.sheet,
+                        progress=progress,
+                    )
+            except _Stopped:
+                self.save(state, step)
+                return False
+            if main:
+                facts = {"data": evaluator.source.info.name, "versions": self.meta.get("versions", {})}
+                save_evaluation(evaluation, evaluator.task, self.workdir, evaluator.name, step, facts)
+            scores = {f"{evaluator.name}/{name}": float(value) for name, value in evaluation.summary.items()}
+            best = self.checkpoints.record_score(step, scores)
+            self.log.evaluation(
+                step, evaluator.name, evaluation.summary, evaluation.count, round(time.perf_counter() - clock, 3)
+            )
+            if best:
+                self.log.say(f"step {step} is the best so far by {self.checkpoints.score_name}")
+                self.save(state, step)
+        self.meter.restart_clock(step)
+        return True
+
+    def _not_finite(self, step: int, indices: Any, numbers: dict[str, float]) -> UserError:
+        names = []
+        for index in [] if indices is None else np.asarray(indices).tolist():
+            try:
+                names.append(str(self.experiment.source.read(index)["id"]))
+            except Exception:  # naming the example must not hide what happened
+                names.append(f"example {index}")
+        values = ", ".join(
+            f"{name} {value:.4g}" for name, value in numbers.items() if name in ("loss", "grad_norm", "lr")
+        )
+        return UserError(
+            f"Step {step} is not finite ({values}); its examples: {', '.join(names)}. Look at them, lower "
+            f"optimizer.learning_rate or set optimizer.clip_norm. {self._last_good()}"
+        )
+
+    def _last_good(self) -> str:
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        return f"The last saved step is {steps[-1]}." if steps else "Nothing was saved yet."
+
+    def _start_profile(self) -> bool:
+        self.read()
+        if jax.process_index() == 0:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        return True
+
+    def _end_profile(self) -> bool:
+        if jax.process_index() == 0:
+            jax.profiler.stop_trace()
+            self.log.say(f"Profile of {PROFILED_STEPS} steps written to {self.workdir / 'profile'}")
+        return False
+
+
+def _due(experiment: Any, step: int, done: set[str]) -> list[Any]:
+    """The evaluators to run at a step: when their interval says so, and all of them at the end."""
+    waiting = [evaluator for evaluator in experiment.evaluators if evaluator.name not in done]
+    return [one for one in waiting if step == experiment.steps or (one.every and step % one.every == 0)]
+
+
+def _all_finite(state: TrainState) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def _step_flops(experiment: Any) -> float | None:
+    """Model FLOPs of one step: a multiply-accumulate is two, and the backward pass costs twice the forward one."""
+    macs = experiment.macs()
+    return None if macs is None else 3 * 2 * float(macs) * experiment.config.batch_size
+
+
+def _total_peak(mesh: jax.sharding.Mesh) -> float | None:
+    peak = peak_flops(mesh.devices.flat[0])
+    return None if peak is None else peak * mesh.devices.size
+
+
+def _check_start(step: int, steps: int, workdir: Path) -> None:
+    if step > steps:
+        raise UserError(
+            f"{workdir} is at step {step}, beyond the {steps} steps of the config: raise config.steps or choose "
+            "another --workdir."
+        )
+
+
+def _check_same_order(data: dict[str, Any], config: Any, workdir: Path) -> None:
+    """The order of examples follows from seed and batch size: with others, some would be repeated and some left out."""
+    for field in ("batch_size", "seed"):
+        if field in data and data[field] != config[field]:
+            raise UserError(
+                f"{workdir} was trained with {field} {data[field]} and config.{field} is {config[field]}: examples "
+                f"would be repeated or left out. Set it back, or start a new workdir with config.init.workdir={workdir}."
+            )
+
+
+def _differences(before: Any, now: Any, path: str = "config") -> list[str]:
+    """Lines "config.a.b: old -> new" for two JSON-like trees."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        lines = []
+        for key in sorted(before.keys() | now.keys()):
+            lines += _differences(before.get(key), now.get(key), f"{path}.{key}")
+        return lines
+    return [] if before == now else [f"{path}: {before} -> {now}"]
+
+
+def _agree(meta: dict[str, Any]) -> None:
+    """Raises on every process if two were started with different configs, data or versions."""
+    if jax.process_count() == 1:
+        return
+    parts = sorted(meta)
+    own = np.array([zlib.crc32(json.dumps(meta[part], sort_keys=True).encode()) for part in parts], np.uint32)
+    everyone = np.asarray(multihost_utils.process_allgather(own))
+    different = [part for part, column in zip(parts, everyone.T, strict=True) if len(set(column.tolist())) > 1]
+    if different:
+        raise UserError(
+            f"The processes do not agree about {', '.join(different)}: start all of them with the same config, data "
+            "and versions."
+        )
