@@ -30,12 +30,17 @@ def describe(counts: Mapping[Value, int], pixels: int = 0) -> str:
 
 
 def looks_soft(counts: Mapping[Value, int]) -> bool:
-    """Whether gray values look anti-aliased or JPEG-compressed: two dominant ends and a thin spread between them."""
-    if not counts or isinstance(next(iter(counts)), tuple) or len(counts) < 8 or max(counts) > 255:
+    """Whether gray values look anti-aliased or JPEG-compressed: black and white, and a thin spread of grays between.
+
+    Class ids and object numbers look otherwise: they seldom reach so high, or what lies between is no thin spread.
+    """
+    if not counts or isinstance(next(iter(counts)), tuple):
         return False
     low, high = min(counts), max(counts)
-    ends = sum(n for value, n in counts.items() if value <= low + 16 or value >= high - 16)
-    return high - low > 64 and ends > 0.8 * sum(counts.values())
+    between = [n for value, n in counts.items() if low + 16 < value < high - 16]
+    black = sum(n for value, n in counts.items() if value <= low + 16)
+    white = sum(n for value, n in counts.items() if value >= high - 16)
+    return 180 <= high - low <= 255 and len(between) >= 6 and sum(between) < 0.5 * min(black, white)
 
 
 def explain_unknown(counts: Mapping[Value, int], unknown: Collection[Value], num_classes: int) -> str:
