@@ -93,7 +93,7 @@ def photometric_distortion(image: jax.Array, draws: jax.Array) -> jax.Array:
     early = draws[:, 2] < 0.5
     contrast = jnp.where(draws[:, 3] < 0.5, _between(CONTRAST, draws[:, 4]), 1.0)
     saturation = jnp.where(draws[:, 5] < 0.5, _between(SATURATION, draws[:, 6]), 1.0)
-    hue = jnp.where(draws[:, 7] < 0.5, jnp.floor(draws[:, 8] * 2 * HUE).astype(jnp.int32) - HUE, 0)
+    hue = jnp.where(draws[:, 7] < 0.5, jnp.floor(draws[:, 8] * 2 * HUE).astype(jnp.int32) + 180 - HUE, 0)
 
     x = _whole(image.astype(jnp.float32) + brightness)
     x = _whole(x * jnp.where(early, contrast, 1.0)[..., None])
@@ -102,7 +102,7 @@ def photometric_distortion(image: jax.Array, draws: jax.Array) -> jax.Array:
     s = _whole(s.astype(jnp.float32) * saturation).astype(jnp.int32)
     x = jnp.where((draws[:, 5] < 0.5)[..., None], hsv_to_rgb(h, s, v), x)
     h, s, v = rgb_to_hsv(x.astype(jnp.int32))
-    x = jnp.where((draws[:, 7] < 0.5)[..., None], hsv_to_rgb((h + hue) % 180, s, v), x)
+    x = jnp.where((draws[:, 7] < 0.5)[..., None], hsv_to_rgb(jax.lax.rem(h + hue, 180), s, v), x)
     return _whole(x * jnp.where(early, 1.0, contrast)[..., None]).astype(jnp.uint8)
 
 
@@ -118,26 +118,35 @@ def rgb_to_hsv(rgb: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     value = jnp.max(rgb, axis=-1)
     spread = value - jnp.min(rgb, axis=-1)
-    divisor = np.maximum(np.arange(256), 1)
-    by_value = np.where(np.arange(256) == 0, 0, np.rint((255 << 12) / divisor)).astype(np.int32)
-    by_spread = np.where(np.arange(256) == 0, 0, np.rint((180 << 12) / (6.0 * divisor))).astype(np.int32)
-    saturation = (spread * jnp.asarray(by_value)[value] + (1 << 11)) >> 12
+    # OpenCV's tables of rounded quotients, computed: a gather per pixel would cost more than a division.
+    by_value, by_spread = _rounded_quotient(255 << 12, value), _rounded_quotient(30 << 12, spread)
+    saturation = (spread * by_value + (1 << 11)) >> 12
     hue = jnp.where(value == r, g - b, jnp.where(value == g, b - r + 2 * spread, r - g + 4 * spread))
-    hue = (hue * jnp.asarray(by_spread)[spread] + (1 << 11)) >> 12
+    hue = (hue * by_spread + (1 << 11)) >> 12
     return jnp.where(hue < 0, hue + 180, hue), saturation, value
 
 
+def _rounded_quotient(dividend: int, divisor: jax.Array) -> jax.Array:
+    """`dividend / divisor`, rounded to the nearest whole number; 0 where the divisor is 0."""
+    return jnp.where(divisor == 0, 0, jax.lax.div(2 * dividend + divisor, 2 * jnp.maximum(divisor, 1)))
+
+
 def hsv_to_rgb(hue: jax.Array, saturation: jax.Array, value: jax.Array) -> jax.Array:
-    """The inverse of :func:`rgb_to_hsv`, as OpenCV computes it: in float32, rounded to nearest. float32 [..., 3]."""
-    s, v = saturation.astype(jnp.float32) / 255, value.astype(jnp.float32)
-    sextant, part = hue // 30, (hue % 30).astype(jnp.float32) / 30
-    low, falling, rising = v * (1 - s), v * (1 - s * part), v * (1 - s * (1 - part))
+    """The inverse of :func:`rgb_to_hsv`: int32 [..., 3], cut to whole numbers.
+
+    OpenCV's vector code computes the same in float32 and so is one less where the result is whole and float32 is not
+    exact (1.6 % of all colours); integers give every device the same answer.
+    """
+    sextant, part = jax.lax.div(hue, 30), jax.lax.rem(hue, 30)
+    low = jax.lax.div(value * (255 - saturation), 255)
+    falling = jax.lax.div(value * (30 * 255 - saturation * part), 30 * 255)
+    rising = jax.lax.div(value * (30 * 255 - saturation * (30 - part)), 30 * 255)
     channels = (
-        jnp.choose(sextant, [v, falling, low, low, rising, v], mode="clip"),
-        jnp.choose(sextant, [rising, v, v, falling, low, low], mode="clip"),
-        jnp.choose(sextant, [low, low, rising, v, v, falling], mode="clip"),
+        jnp.choose(sextant, [value, falling, low, low, rising, value], mode="clip"),
+        jnp.choose(sextant, [rising, value, value, falling, low, low], mode="clip"),
+        jnp.choose(sextant, [low, low, rising, value, value, falling], mode="clip"),
     )
-    return jnp.clip(jnp.round(jnp.stack(channels, axis=-1)), 0, 255)
+    return jnp.stack(channels, axis=-1)
 
 
 def _draws(seeds: jax.Array) -> jax.Array:
