@@ -62,7 +62,7 @@ class Arrays:
             file = self.folder / f"{name}.npy"
             try:
                 array = np.load(file, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise UserError(f"{file} is missing or damaged ({error}); prepare the folder again.") from error
             if array.shape != expected or array.dtype != DTYPES[name]:
                 raise UserError(
