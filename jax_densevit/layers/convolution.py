@@ -18,6 +18,7 @@ class ConvNorm(nn.Module):
     Attributes:
       features: output channels.
       kernel_size: k, odd.
+      kernel_init: of the convolution; He's, unless the published model says otherwise.
       use_bias: whether the convolution has a bias. The normalisation removes it again; some published models carry one.
       dtype: type of the computation; parameters and statistics are float32.
     """
@@ -26,6 +27,7 @@ class ConvNorm(nn.Module):
     kernel_size: int = 3
     use_bias: bool = False
     dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -36,7 +38,7 @@ class ConvNorm(nn.Module):
             padding=self.kernel_size // 2,
             use_bias=self.use_bias,
             dtype=self.dtype,
-            kernel_init=nn.initializers.he_normal(),
+            kernel_init=self.kernel_init,
             name="conv",
         )(x)
         return nn.relu(BatchNorm(name="norm")(x, train))

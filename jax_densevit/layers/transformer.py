@@ -18,7 +18,7 @@ from jax_densevit.layers.attention import SelfAttention, attention_macs
 # What the backward pass finds in memory, and what it computes again.
 REMAT_POLICIES = {
     "none": None,  # keep everything
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block: least memory, a third more compute
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block: a third more compute
     "dots": jax.checkpoint_policies.dots_saveable,  # keep the results of all matrix products
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the same without the T x T attention
 }
@@ -147,13 +147,24 @@ class Encoder(nn.Module):
         random = train and (self.dropout > 0 or self.drop_path > 0)
         drop_keys = _keys(self.make_rng("dropout"), self.num_layers) if random else None
         # Not a key of its own per block: scanned and unrolled encoders must start from the same numbers.
-        initializing = self.is_initializing()
-        init_keys = _keys(self.make_rng("params") if initializing else jax.random.key(0), self.num_layers)
+        # All blocks are drawn by one vectorised call: a program of eight random arrays instead of eight per block.
+        initial = None
+        if self.is_initializing():
+            one_token = jnp.zeros((1, 1, x.shape[-1]), self.dtype)
+            keys = _keys(self.make_rng("params"), self.num_layers)
+            initial = jax.vmap(lambda key: block.init(key, one_token)["params"])(keys)
         rates = jnp.asarray(np.linspace(0.0, self.drop_path, self.num_layers), jnp.float32)
-        one_token = jnp.zeros((1, 1, x.shape[-1]), self.dtype)
 
-        def initial(key):
-            return block.init(key, one_token)["params"]
+        def parameters(name, index):
+            if self.is_initializing():
+                return self.param(name, lambda _: jax.tree.map(lambda leaf: leaf[index], initial))
+            if not self.has_variable("params", name):
+                form = "scanned" if self.scan else "unrolled"
+                raise UserError(
+                    f"The parameters have no {'/'.join((*self.path, name))!r}, which this {form} encoder with taps "
+                    f"{self.taps} reads; convert them with unstack_blocks and stack_blocks of layers.transformer."
+                )
+            return self.get_variable("params", name)
 
         def apply(x, layer):
             params, rate, key = layer
@@ -163,15 +174,12 @@ class Encoder(nn.Module):
         outputs = {}
         for start, stop in segments(self.num_layers, self.taps):
             if self.scan:
-                params = self.param(
-                    f"blocks_{start}_{stop}", lambda _, a=start, b=stop: jax.vmap(initial)(init_keys[a:b])
-                )
+                params = parameters(f"blocks_{start}_{stop}", slice(start, stop))
                 layers = (params, rates[start:stop], None if drop_keys is None else drop_keys[start:stop])
                 x, _ = jax.lax.scan(lambda x, layer: (apply(x, layer), None), x, layers)
             else:
                 for i in range(start, stop):
-                    params = self.param(f"block_{i}", lambda _, i=i: initial(init_keys[i]))
-                    x = apply(x, (params, rates[i], None if drop_keys is None else drop_keys[i]))
+                    x = apply(x, (parameters(f"block_{i}", i), rates[i], None if drop_keys is None else drop_keys[i]))
             outputs[stop] = x
         return outputs
 

@@ -9,6 +9,7 @@ modules own but never use (`conv_seg` in the official heads, MLA's class token) 
 counts them.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name
+from jax_densevit.layers.convolution import ConvNorm
 from jax_densevit.layers.embedding import torch_uniform
-from jax_densevit.layers.normalization import BatchNorm
 from jax_densevit.layers.resize import resize_bilinear
 from jax_densevit.layers.transformer import layer_norm
 from jax_densevit.models.output import DenseOutput
@@ -40,7 +41,7 @@ AUXILIARY_TAPS = {
 
 
 def published_taps(decoder: str, flavor: str, num_layers: int) -> tuple[int, ...]:
-    """The blocks that a decoder reads beside the last one; for depths without a publication, the quarters of the depth."""
+    """The blocks that heads or neck read; for depths without a publication, the quarters of the depth."""
     quarters = tuple(math.ceil(num_layers * i / 4) for i in (1, 2, 3, 4))
     if decoder == "mla":
         return quarters
@@ -50,44 +51,24 @@ def published_taps(decoder: str, flavor: str, num_layers: int) -> tuple[int, ...
     return taps[:-1] if decoder == "pup" and flavor == "mmseg" else taps
 
 
-class Conv(nn.Module):
-    """A stride-1 convolution with PyTorch's padding and default initialisation; 1x1 is a matrix product.
-
-    Parameters: `kernel [k, k, C, features]` (`[C, features]` for k = 1), `bias [features]`.
-    """
-
-    features: int
-    kernel: int = 1
-    use_bias: bool = True
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, h, w, C]` -> `[B, h, w, features]`."""
-        k, channels = self.kernel, x.shape[-1]
-        init = torch_uniform(k * k * channels)
-        kernel = self.param("kernel", init, (channels, self.features) if k == 1 else (k, k, channels, self.features))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if k == 1:
-            x = x @ kernel
-        else:
-            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return x + self.param("bias", init, (self.features,)).astype(self.dtype) if self.use_bias else x
+def conv_norm(features: int, kernel_size: int, use_bias: bool, channels: int, dtype: Any, name: str) -> ConvNorm:
+    """`ConvNorm` with PyTorch's default initialisation, which the published heads start from."""
+    init = torch_uniform(kernel_size**2 * channels)
+    return ConvNorm(features, kernel_size, use_bias, dtype, init, name=name)
 
 
-class ConvNormRelu(nn.Module):
-    """Convolution, batch norm, ReLU. Parameters: `conv/...`, `norm/{scale,bias}`; statistics `norm/{mean,var}`."""
-
-    features: int
-    kernel: int
-    use_bias: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """`[B, h, w, C]` -> `[B, h, w, features]`."""
-        x = Conv(self.features, self.kernel, self.use_bias, self.dtype, name="conv")(x)
-        return nn.relu(BatchNorm(name="norm")(x, train))
+def classifier(num_classes: int, channels: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
+    """A 1x1 convolution whose products are in `dtype` and whose sums and results are float32."""
+    init = torch_uniform(channels)
+    return nn.Dense(
+        num_classes,
+        use_bias,
+        dtype=dtype,
+        kernel_init=init,
+        bias_init=init,
+        dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+        name=name,
+    )
 
 
 class StackHead(nn.Module):
@@ -114,10 +95,11 @@ class StackHead(nn.Module):
         """`[B, h, w, D]` -> `[B, h', w', K]` float32."""
         x = layer_norm(1e-6, self.dtype, "norm")(x)
         for i, scale in enumerate(self.scales):
-            x = ConvNormRelu(self.channels, self.kernel, self.use_bias, self.dtype, name=f"conv_{i}")(x, train)
+            conv = conv_norm(self.channels, self.kernel, self.use_bias, x.shape[-1], self.dtype, f"conv_{i}")
+            x = conv(x, train=train)
             if i + 1 < len(self.scales):
                 x = enlarge(x, scale)
-        logits = Conv(self.num_classes, name="classifier")(x)
+        logits = classifier(self.num_classes, self.channels, self.dtype, "classifier")(x)
         return logits if math.prod(self.scales) == self.patch_size else enlarge(logits, self.scales[-1])
 
     def macs(self, grid: tuple[int, int], width: int) -> int:
@@ -142,16 +124,15 @@ class MlaNeck(nn.Module):
     @nn.compact
     def __call__(self, maps: tuple[jax.Array, ...], train: bool) -> tuple[jax.Array, ...]:
         """Maps `[B, h, w, D]`, shallow to deep -> maps `[B, h, w, channels]`, shallow to deep."""
-        projected = [
-            ConvNormRelu(self.channels, 1, False, self.dtype, name=f"project_{i}")(
-                layer_norm(1e-6, self.dtype, f"norm_{i}")(x), train
-            )
-            for i, x in enumerate(maps)
-        ]
+        projected = []
+        for i, x in enumerate(maps):
+            x = layer_norm(1e-6, self.dtype, f"norm_{i}")(x)
+            project = conv_norm(self.channels, 1, False, x.shape[-1], self.dtype, f"project_{i}")
+            projected.append(project(x, train=train))
         for i in reversed(range(len(maps) - 1)):
             projected[i] = projected[i] + projected[i + 1]
         return tuple(
-            ConvNormRelu(self.channels, 3, False, self.dtype, name=f"extract_{i}")(x, train)
+            conv_norm(self.channels, 3, False, self.channels, self.dtype, f"extract_{i}")(x, train=train)
             for i, x in enumerate(projected)
         )
 
@@ -182,13 +163,15 @@ class MlaHead(nn.Module):
         branches = []
         for i, x in enumerate(levels):
             for j in range(2):
-                x = ConvNormRelu(self.channels, 3, False, self.dtype, name=f"branch_{i}_{j}")(x, train)
+                conv = conv_norm(self.channels, 3, False, x.shape[-1], self.dtype, f"branch_{i}_{j}")
+                x = conv(x, train=train)
             branches.append(x)
         x = jnp.concatenate(branches, axis=-1)
         if self.flavor == "official":
-            size = (4 * x.shape[1], 4 * x.shape[2])
-            return Conv(self.num_classes, 3, name="classifier")(resize_bilinear(x, size, align_corners=True))
-        logits = Conv(self.num_classes, name="classifier")(x)
+            x = resize_bilinear(x, (4 * x.shape[1], 4 * x.shape[2]), align_corners=True).astype(jnp.float32)
+            init = torch_uniform(9 * x.shape[-1])
+            return nn.Conv(self.num_classes, (3, 3), padding=1, kernel_init=init, bias_init=init, name="classifier")(x)
+        logits = classifier(self.num_classes, x.shape[-1], self.dtype, "classifier")(x)
         return logits if self.patch_size == 4 else enlarge(logits, 4)
 
     def macs(self, grid: tuple[int, int], width: int, levels: int) -> int:
@@ -207,7 +190,8 @@ def enlarge(x: jax.Array, scale: int) -> jax.Array:
 class Setr(nn.Module):
     """SETR: encoder, decoder and auxiliary heads.
 
-    Parameters: `backbone/...` (see `models.vit.Backbone`), `neck/...` (MLA), `decode_head/...`, `auxiliary_head_<i>/...`.
+    Parameters: `backbone/...` (see `models.vit.Backbone`), `neck/...` (MLA), `decode_head/...` and
+    `auxiliary_head_<i>/...`.
     Auxiliary heads run only in training. Their order is shallow to deep, in mmseg's MLA deep to shallow.
 
     Logits leave at the size of the grid (Naive official, MLA's auxiliary heads), or 4 or 8 times it, see `DenseOutput`.
@@ -305,7 +289,11 @@ class Setr(nn.Module):
         # The auxiliary heads are bare 1x1 classifiers, with a bias in mmseg only.
         bias = self.flavor == "mmseg"
         names = [f"auxiliary_head_{i}" for i in range(len(levels))] if supervise else []
-        return logits, [Conv(self.num_classes, 1, bias, name=n)(x) for n, x in zip(names, levels, strict=False)]
+        auxiliary = [
+            classifier(self.num_classes, self.head_channels, self.dtype, name, bias)(x)
+            for name, x in zip(names, levels, strict=False)
+        ]
+        return logits, auxiliary
 
     def stack_head(self, name: str | None, auxiliary: bool = False, **options: Any) -> StackHead:
         """The decode head (or an auxiliary head) of Naive and PUP in this flavour."""

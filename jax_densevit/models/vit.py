@@ -1,4 +1,4 @@
-"""Vision Transformer (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929): backbone of the dense models, classifier.
+"""Vision Transformer (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929): dense models' backbone, classifier.
 
 One architecture in many published dialects; the options say which. `google` checkpoints want `gelu="tanh"`; timm, DeiT
 (Touvron et al. 2021) and SETR use the exact GELU.
@@ -30,7 +30,7 @@ class Backbone(nn.Module):
     """Patches, tokens, positions and the encoder, without the final norm: what dense models build on.
 
     Parameters: `embedding/{kernel,bias}`, `tokens/{cls_token,distillation_token,position_embedding}`,
-    `encoder/block_<i>/{norm1,attention/{qkv,out},norm2,mlp/{fc1,fc2}}` (or `encoder/blocks_<start>_<stop>/...`, stacked).
+    `encoder/block_<i>/{norm1,attention/{qkv,out},norm2,mlp/{fc1,fc2}}` (stacked: `encoder/blocks_<start>_<stop>/...`).
 
     Attributes:
       hidden_size, num_layers, num_heads, mlp_size, patch_size: sizes.
