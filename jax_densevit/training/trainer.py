@@ -386,7 +386,7 @@ def _check_same_order(data: dict[str, Any], config: Any, workdir: Path) -> None:
         if field in data and data[field] != config[field]:
             raise UserError(
                 f"{workdir} was trained with {field} {data[field]} and config.{field} is {config[field]}: examples "
-                f"would be repeated or left out. Set it back, or start a new workdir with config.init.workdir={workdir}."
+                f"would be repeated or left out. Set it back, or start anew with config.init.workdir={workdir}."
             )
 
 
