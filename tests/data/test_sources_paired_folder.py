@@ -320,6 +320,18 @@ def test_label_map_agrees_with_a_plain_loop(data):
         assert label_map(raw, "some.png").tolist() == [expected]
 
 
+@pytest.mark.parametrize("count", [1, 2, 253, 254])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_no_count_of_classes_confuses_the_marks(count, dtype):
+    label_map = LabelMap([str(i) for i in range(count)])
+    good = np.array([[*range(count), 255]], dtype)
+    assert np.array_equal(label_map(good, "m.png"), good)
+    assert np.array_equal(label_map(good[:, :-1], "m.png"), good[:, :-1])
+    for bad in {count, 254}:
+        with pytest.raises(UserError, match=f"the id {bad} "):
+            label_map(np.array([[0, bad]], dtype), "m.png")
+
+
 def test_default_palette_is_vocs():
     assert default_palette(21) == VOC2012_PALETTE
     assert VOC2012_PALETTE[20] == (0, 64, 128) and VOC2012_PALETTE[15] == (192, 128, 128)
