@@ -7,11 +7,9 @@ Then name the folder in the config: `config.data.train = {"name": "arrays", "fol
 
 import argparse
 import re
-import sys
-
-from rich.progress import Progress
 
 from jax_densevit.configuration import read_config, split_overrides
+from jax_densevit.console import progress_bar, run_command
 from jax_densevit.data.pipeline import default_threads
 from jax_densevit.data.sources import create_source
 from jax_densevit.data.sources.arrays import FITS, write_arrays
@@ -41,15 +39,14 @@ def main(argv: list[str]) -> int:
         )
     data = config.data.train if options.split == "train" else config.eval[options.split].data
     source = create_source(**data.to_dict())
-    with Progress(disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("preparing", total=len(source))
+    with progress_bar("preparing") as progress:
         folder = write_arrays(
             source,
             options.output,
             size,
             fit=options.fit,
             threads=config.data.threads or default_threads(),
-            progress=lambda done: bar.update(task, completed=done),
+            progress=lambda done: progress(done, len(source)),
         )
     print(
         f"{len(source)} examples are in {folder}: train on them with data.train = name 'arrays', folder {str(folder)!r}"
@@ -58,12 +55,8 @@ def main(argv: list[str]) -> int:
 
 
 def run() -> None:
-    """The console entry point: a UserError becomes one sentence on stderr and exit code 1."""
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    """The console entry point."""
+    run_command(main)
 
 
 if __name__ == "__main__":
