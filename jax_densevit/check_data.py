@@ -7,15 +7,14 @@ Leaves with exit code 1 when something would stop or spoil training, else 0 (war
 
 import argparse
 import json
-import sys
 
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from jax_densevit.configuration import read_config, split_overrides
+from jax_densevit.console import progress_bar, run_command
 from jax_densevit.data.inspection import SHOWN, Finding, Inspection, inspect, overlap
 from jax_densevit.data.pipeline import default_threads
 from jax_densevit.data.raw import inspecting
@@ -53,24 +52,21 @@ def _inspect_all(sections: dict[str, ConfigDict], config: ConfigDict, limit: int
     """Inspects every section; a source that cannot be built becomes a finding of its section."""
     results: dict[str, Inspection] = {}
     threads = config.data.threads or default_threads()
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        for name, section in sections.items():
-            try:
-                with inspecting():
-                    source = create_source(**section.to_dict())
-            except UserError as error:
-                info = DataInfo(section.name)
-                results[name] = Inspection(info, findings=[Finding("source", "error", str(error))])
-                continue
-            task = bar.add_task(name, total=min(limit, len(source)) if limit else len(source))
+    for name, section in sections.items():
+        try:
+            with inspecting():
+                source = create_source(**section.to_dict())
+        except UserError as error:
+            results[name] = Inspection(DataInfo(section.name), findings=[Finding("source", "error", str(error))])
+            continue
+        total = min(limit, len(source)) if limit else len(source)
+        with progress_bar(name) as moved:
             results[name] = inspect(
                 source,
                 limit=limit,
                 threads=threads,
                 crop=config.data.crop if name == "train" else None,
-                progress=lambda done, task=task: bar.update(task, completed=done),
+                progress=lambda done, moved=moved, total=total: moved(done, total),
             )
     train = results.get("train")
     for name, result in results.items():
@@ -163,12 +159,8 @@ def _table(result: Inspection) -> Table:
 
 
 def run() -> None:
-    """The console entry point: a UserError becomes one sentence on stderr and exit code 1."""
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    """The console entry point."""
+    run_command(main)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def _tight(image: np.ndarray, sharpen: tuple[float, float]) -> Image.Image:
     between the two.
     """
     height, width = image.shape
-    scale = 8 * GLYPH // max(height, width) // 4
+    scale = 2 * GLYPH // max(height, width)
     # A border of paper, so that smooth enlarging does not run into the edge of the picture.
     padded = np.pad(image, 2)
     large = Image.fromarray(padded).resize((padded.shape[1] * scale, padded.shape[0] * scale), Image.Resampling.BICUBIC)
