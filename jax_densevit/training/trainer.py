@@ -324,9 +324,7 @@ class _Run:
                 names.append(str(self.experiment.source.read(index)["id"]))
             except Exception:  # naming the example must not hide what happened
                 names.append(f"example {index}")
-        values = ", ".join(
-            f"{name} {value:.4g}" for name, value in numbers.items() if name in ("loss", "grad_norm", "lr")
-        )
+        values = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("loss", "grad_norm", "lr"))
         return UserError(
             f"Step {step} is not finite ({values}); its examples: {', '.join(names)}. Look at them, lower "
             f"optimizer.learning_rate or set optimizer.clip_norm. {self._last_good()}"
