@@ -86,7 +86,8 @@ class RandomCrop:
         Returns:
           "labels" and "instances" (if the example has them), cropped and padded; "size" int32 [2], the height and width
           that are not padding; and "image": the crop, padded, if nothing was to be resized, otherwise the pixels that
-          :func:`resample` needs, with "sampling" float32 [4], its scale and translation by (row, column).
+          :func:`resample` needs, with "box" float32 [4]: the row and column of the first sample and of the last, as
+          fractions of the way from the first pixel's centre to the last one's.
         """
         image = example["image"]
         draws = uniforms(seed, 1 + 2 * (TRIES + 1))
@@ -102,11 +103,10 @@ class RandomCrop:
         if self.box == (0, 0):
             result["image"] = pad(image[y : y + height, x : x + width], self.crop, self.fill)
             return result
-        top, bottom = _touched(y, height, size[0], scaled[0])
-        left, right = _touched(x, width, size[1], scaled[1])
-        scale = scaled[0] / size[0], scaled[1] / size[1]
-        result["image"] = np.ascontiguousarray(image[top:bottom, left:right])
-        result["sampling"] = np.array((*scale, top * scale[0] - y, left * scale[1] - x), np.float32)
+        rows, first_row, last_row = _touched(y, height, size[0], scaled[0])
+        columns, first_column, last_column = _touched(x, width, size[1], scaled[1])
+        result["image"] = _with_edges(image, rows, columns)
+        result["box"] = np.array((first_row, first_column, last_row, last_column), np.float32)
         return result
 
     def _window(self, scaled, labels, draws) -> tuple[int, int, int, int]:
@@ -123,32 +123,42 @@ class RandomCrop:
         return window
 
 
-def _touched(start: int, count: int, size: int, scaled: int) -> tuple[int, int]:
-    """The range of source pixels that bilinear samples `start .. start + count` of a resized axis depend on."""
-    first = (start + 0.5) * size / scaled - 0.5
-    last = (start + count - 0.5) * size / scaled - 0.5
-    return max(0, math.floor(first)), min(size, math.floor(last) + 2)
+def _touched(start: int, count: int, size: int, scaled: int) -> tuple[slice, float, float]:
+    """Where bilinear samples `start .. start + count` of a resized axis lie on the source axis.
+
+    Returns:
+      The source pixels that they depend on, one more at each end (beyond the image even: the edge repeats there), and
+      the first and last sample's place among them, as fractions of the way from the first to the last pixel's centre.
+    """
+    first, last = ((place + 0.5) * size / scaled - 0.5 for place in (start, start + count - 1))
+    low, high = math.floor(first) - 1, math.floor(last) + 3
+    return slice(low, high), (first - low) / (high - 1 - low), (last - low) / (high - 1 - low)
 
 
-def resample(image, sampling, size, crop: tuple[int, int], fill: tuple[int, int, int]):
+def _with_edges(image: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+    """`image[rows, columns]` where the slices may begin before the image or end after it: its edge repeats there."""
+    inner = image[max(0, rows.start) : rows.stop, max(0, columns.start) : columns.stop]
+    beyond = [(max(0, -s.start), max(0, s.stop - n)) for s, n in zip((rows, columns), image.shape, strict=False)]
+    return np.pad(inner, (*beyond, (0, 0)), mode="edge") if np.any(beyond) else np.ascontiguousarray(inner)
+
+
+def resample(image, box, size, crop: tuple[int, int], fill: tuple[int, int, int]):
     """The image of a :class:`RandomCrop` that resizes, as TensorFlow operations: uint8 [crop, 3].
 
     Args:
       image: uint8 tensor [h, w, 3], the source pixels that the crop depends on.
-      sampling: float32 tensor [4]: scale and translation, each by (row, column).
+      box: float32 tensor [4]: where the first and the last sample lie, as :class:`RandomCrop` says.
       size: int32 tensor [2]: the part of the crop that is not padding.
       crop, fill: as in :class:`RandomCrop`.
     """
     import tensorflow as tf
 
-    sampled = tf.raw_ops.ScaleAndTranslate(
-        images=image[None],
-        size=crop,
-        scale=sampling[:2],
-        translation=sampling[2:],
-        kernel_type="triangle",
-        antialias=False,
+    # Of TensorFlow's kernels that interpolate from any place at any scale, this is the fastest, on float32.
+    sampled = tf.raw_ops.CropAndResize(
+        image=tf.cast(image, tf.float32)[None], boxes=box[None], box_ind=[0], crop_size=size, method="bilinear"
     )[0]
     sampled = tf.cast(tf.round(sampled), tf.uint8)
-    inside = (tf.range(crop[0])[:, None] < size[0]) & (tf.range(crop[1]) < size[1])
-    return tf.where(inside[:, :, None], sampled, tf.constant(fill, tf.uint8))
+    color = tf.constant(fill, tf.uint8)
+    right = tf.broadcast_to(color, (size[0], crop[1] - size[1], 3))
+    below = tf.broadcast_to(color, (crop[0] - size[0], crop[1], 3))
+    return tf.ensure_shape(tf.concat([tf.concat([sampled, right], 1), below], 0), (*crop, 3))

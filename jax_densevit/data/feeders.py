@@ -40,11 +40,11 @@ def tensorflow_feed(reader: "Reader", threads: int, start_step: int):
     """The same batches by tf.data, which also resizes."""
     tf = _tensorflow()
     resizes = reader.crop is not None and reader.crop.box != (0, 0)
-    extra = (["size"] if reader.crop else []) + (["sampling"] if resizes else [])
+    extra = (["size"] if reader.crop else []) + (["box"] if resizes else [])
     names = [*reader.names, *extra, "index"]
-    types = {"image": tf.uint8, "labels": tf.uint8, "instances": tf.uint16, "sampling": tf.float32}
+    types = {"image": tf.uint8, "labels": tf.uint8, "instances": tf.uint16, "box": tf.float32}
     height, width = reader.crop.crop if reader.crop else reader.first_size
-    shapes = {"image": (None, None, 3) if resizes else (height, width, 3), "size": (2,), "sampling": (4,), "index": ()}
+    shapes = {"image": (None, None, 3) if resizes else (height, width, 3), "size": (2,), "box": (4,), "index": ()}
 
     def read(place):
         example = reader(int(place))
@@ -57,7 +57,7 @@ def tensorflow_feed(reader: "Reader", threads: int, start_step: int):
             tensor.set_shape(shapes.get(name, (height, width)))
         if resizes:
             example["image"] = resample(
-                example["image"], example.pop("sampling"), example["size"], reader.crop.crop, reader.crop.fill
+                example["image"], example.pop("box"), example["size"], reader.crop.crop, reader.crop.fill
             )
         return example
 

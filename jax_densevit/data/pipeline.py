@@ -219,8 +219,8 @@ class Reader:
             blank["image"] = np.zeros((*size, 3), np.uint8)
             return blank | {
                 "index": np.int32(-1),
-                "size": np.zeros(2, np.int32),
-                "sampling": np.array((1, 1, 0, 0), np.float32),
+                "size": np.array(size, np.int32),
+                "box": np.zeros(4, np.float32),
             }
 
     def _example(self, place: int) -> dict[str, np.ndarray]:

@@ -305,6 +305,14 @@ class TestResize:
             difference = (batch["instances"].astype(int) - 1000 - batch["image"][..., 0])[inside]
             assert np.abs(difference).max() <= 1
 
+    def test_thin_images(self):
+        source = Memory([(1, 90), (90, 1), (1, 1), (2, 200)])
+        options = {"crop": (8, 8), "resize_box": (64, 16), "resize_ratio": (0.1, 1.0)}
+        for batch in take(train_stream(source, batch_size=4, seed=1, **options), 10):
+            assert (batch["size"] >= 1).all() and (batch["size"] <= 8).all()
+            for image, index, (height, width) in zip(batch["image"], batch["index"], batch["size"], strict=True):
+                assert (image[:height, :width, 2] == index).all(), "interpolated only within the image"
+
 
 def pipeline_draws(seed):
     from jax_densevit.data.crops import TRIES, uniforms
@@ -336,6 +344,11 @@ class TestBadInput:
         with pytest.raises(StopIteration):
             next(stream)
         assert "Traceback" not in capfd.readouterr().err
+
+    def test_an_unreadable_file_among_resized_ones(self):
+        source = Memory([(8, 8)] * 40, bad=[17])
+        with pytest.raises(UserError, match="file17.png: this file is empty"):
+            take(train_stream(source, batch_size=4, seed=0, crop=(6, 6), resize_box=(9, 9)), 10)
 
     @FEEDERS
     def test_skipping_takes_the_next_readable_one_and_counts(self, feeder, caplog):
