@@ -39,7 +39,13 @@ def list_images(folder: str | os.PathLike, suffix: str = "") -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}{_nearby(folder)}")
     found: dict[str, Path] = {}
+    visited = set()
     for where, subfolders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in visited:  # a link back up: every file would come again under another name
+            subfolders.clear()
+            continue
+        visited.add(real)
         # A folder named like an image is listed, so that whoever reads it hears about it.
         named = [name for name in subfolders if _stem(name, suffix) is not None]
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in named)

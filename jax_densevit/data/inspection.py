@@ -12,7 +12,7 @@ from PIL import Image
 
 from jax_densevit.data.diagnosis import Value, count_values, describe, explain_unknown, looks_soft
 from jax_densevit.data.folder_source import JPEG_ADVICE, FolderSource
-from jax_densevit.data.label_maps import UNKNOWN, plain_ids
+from jax_densevit.data.label_maps import UNKNOWN
 from jax_densevit.data.raw import RawSource
 from jax_densevit.data.source import DataInfo, Source
 from jax_densevit.errors import UserError
@@ -214,7 +214,7 @@ def _look(source: Source, index: int) -> _Seen:
             return _Seen(source.name_of(index), error=str(error))
         seen = _Seen(raw.labels_name, size=raw.image.shape[:2], digest=_digest(raw.image))
         seen.mismatch = raw.size_mismatch()
-        labels, instances = plain_ids(raw.labels), raw.instances
+        labels, instances = source.label_map.values(raw.labels), raw.instances
         seen.gray_rgb = raw.labels.ndim == 3 and labels.ndim == 2
         if isinstance(source, FolderSource):
             _look_at_format(seen, source.pairs[index].labels, labels)

@@ -106,7 +106,7 @@ class LabelMap:
         Raises:
           UserError: naming `path`, the values that no rule covers, and the option that probably does.
         """
-        raw = plain_ids(raw)
+        raw = self.values(raw)
         if raw.ndim == 3:
             labels = self._from_colors(raw, path)
         elif raw.max(initial=0) < self._same:
@@ -125,6 +125,13 @@ class LabelMap:
                 f"{explain_unknown(counts, unknown, len(self.classes))}"
             )
         return labels
+
+    def values(self, raw: np.ndarray) -> np.ndarray:
+        """What the pixels of a mask mean before mapping: ids [H, W] or colors [H, W, 3].
+
+        Ids saved as RGB with equal channels are ids again, unless there is a palette: then gray is a color too.
+        """
+        return raw if self.palette else gray_of(raw)
 
     def label_of(self, value: Value) -> int:
         """The label of one file value or color: 0..K-1, 255 ignored, 254 unknown."""
@@ -160,8 +167,8 @@ class LabelMap:
         return self._color_table[wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]]
 
 
-def plain_ids(raw: np.ndarray) -> np.ndarray:
-    """A mask saved as RGB although all three channels hold the same ids, reduced to [H, W]; others unchanged."""
+def gray_of(raw: np.ndarray) -> np.ndarray:
+    """[H, W] of a picture saved as RGB although all three channels are equal; anything else unchanged."""
     if raw.ndim == 3 and np.array_equal(raw[..., 0], raw[..., 1]) and np.array_equal(raw[..., 0], raw[..., 2]):
         return raw[..., 0]
     return raw

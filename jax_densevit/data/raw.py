@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jax_densevit.data.diagnosis import count_values
-from jax_densevit.data.label_maps import LabelMap, plain_ids
+from jax_densevit.data.label_maps import LabelMap, gray_of
 from jax_densevit.data.source import DataInfo, Example
 from jax_densevit.errors import UserError
 
@@ -100,7 +100,7 @@ class RawSource:
             raise UserError(mismatch)
         example = {"image": raw.image, "labels": self.label_map(raw.labels, raw.labels_name), "id": raw.id}
         if raw.instances is not None:
-            instances = plain_ids(raw.instances)
+            instances = gray_of(raw.instances)
             if instances.ndim != 2:
                 raise UserError(f"{raw.labels_name} is in color; object numbers must be 8 or 16-bit gray PNG.")
             instances = instances.astype(np.uint16)
@@ -119,7 +119,7 @@ class RawSource:
         values: dict = {}
         for index in sorted({round(i) for i in np.linspace(0, len(self) - 1, min(count, len(self)))}):
             try:
-                raw = plain_ids(self.raw_labels(index))
+                raw = self.label_map.values(self.raw_labels(index))
             except UserError:
                 continue
             self.label_map(raw, self.name_of(index))

@@ -141,6 +141,19 @@ def test_colored_masks(tmp_path):
         folder(tmp_path, [rgb])
 
 
+def test_a_colored_mask_that_happens_to_be_gray_is_read_by_its_colors(tmp_path):
+    gray = np.array([(0, 0, 0), (1, 1, 1)], np.uint8)[ids(0, 1)]
+    source = folder(tmp_path, [gray], palette=((1, 1, 1), (0, 0, 0), (200, 0, 0)))
+    assert np.array_equal(source.read(0)["labels"], ids(1, 0))
+
+
+def test_links_back_up_do_not_multiply_files(tmp_path):
+    folder(tmp_path, [ids(0, 1, 2)])
+    (tmp_path / "images/again").symlink_to(tmp_path / "images")
+    where = {"images": f"{tmp_path}/images", "labels": f"{tmp_path}/labels", "classes": THREE}
+    assert len(create_source("paired_folder", **where)) == 1
+
+
 def test_gray_saved_as_rgb_is_no_color(tmp_path):
     source = folder(tmp_path, [np.repeat(ids(0, 1, 2)[..., None], 3, 2)])
     assert np.array_equal(source.read(0)["labels"], ids(0, 1, 2))

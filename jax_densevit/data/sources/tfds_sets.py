@@ -66,7 +66,7 @@ class TfdsSource(RawSource):
       manual_dir: where files lie that TFDS cannot download; empty takes `<data_dir>/downloads/manual`.
       image, labels: names of the two features.
       classes: class names in label order.
-      id_map, other, ignore, reduce_zero_label, threshold: what the values in the masks mean, see
+      id_map, other, ignore, reduce_zero_label, threshold, palette: what the values in the masks mean, see
         :class:`~jax_densevit.data.label_maps.LabelMap`.
 
     Raises:
@@ -87,6 +87,7 @@ class TfdsSource(RawSource):
         ignore: int | Iterable | None = None,
         reduce_zero_label: bool = False,
         threshold: int = 0,
+        palette: Iterable = (),
     ):
         preset = _PRESETS.get(dataset.partition(":")[0])
         if preset is None and not (image and labels and classes):
@@ -102,7 +103,8 @@ class TfdsSource(RawSource):
             "reduce_zero_label": reduce_zero_label,
             "threshold": threshold,
         }
-        label_map = LabelMap(classes or preset.classes, **(meaning if own or preset is None else preset.meaning))
+        chosen = meaning if own or preset is None else preset.meaning
+        label_map = LabelMap(classes or preset.classes, palette=palette, **chosen)
         self._image = image or preset.image
         self._labels = labels or preset.labels
         self._id = preset.id if preset else ""
@@ -113,15 +115,15 @@ class TfdsSource(RawSource):
             if feature not in features:
                 raise UserError(f"tfds: {dataset!r} has no feature {feature!r}{did_you_mean(feature, features)}")
         try:
-            chosen = builder.info.splits[split]
+            part = builder.info.splits[split]
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"tfds: {dataset!r} has no split {split!r}{did_you_mean(split, builder.info.splits)}"
             ) from error
-        self._records = _records(builder, chosen.file_instructions, split)
+        self._records = _records(builder, part.file_instructions, split)
         self._features = features
         self._skip = _skip_decoding(self._image, self._labels)
-        palette = preset.palette if preset and not own else ()
+        palette = label_map.palette or (preset.palette if preset and not own else ())
         info = DataInfo(
             dataset.partition(":")[0], label_map.classes, palette or default_palette(len(label_map.classes))
         )
