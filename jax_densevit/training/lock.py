@@ -60,9 +60,7 @@ class WorkdirLock:
                     f"again in {STALE_SECONDS - age:.0f} s."
                 )
         if owner:
-            log.warning(
-                "%s ended without taking leave of %s; going on in its place.", self._describe(owner), self._path
-            )
+            log.warning("%s was ended in the middle of its work; taking over %s.", self._describe(owner), self._path)
         self._write({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         threading.Thread(target=self._touch, name="workdir-lock", daemon=True).start()
         return self

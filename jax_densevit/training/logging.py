@@ -222,7 +222,8 @@ def human_line(step: int, steps: int, numbers: Mapping[str, float], timing: Mapp
     if "lr" in numbers:
         parts.append(f"lr {numbers['lr']:.2e}")
     if timing.get("images_per_second") is not None:
-        parts.append(f"{timing['images_per_second']:.3g} images/s")
+        rate = timing["images_per_second"]
+        parts.append(f"{rate:,.0f} images/s" if rate >= 100 else f"{rate:.3g} images/s")
     if timing.get("mfu") is not None:
         parts.append(f"MFU {100 * timing['mfu']:.1f}%")
     if timing.get("input_wait") is not None:
