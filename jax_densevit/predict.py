@@ -23,7 +23,9 @@ from jax_densevit.data.files import IMAGE_SUFFIXES
 from jax_densevit.data.images import read_image
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import load
+from jax_densevit.tasks.rooms import give_room
 from jax_densevit.tasks.task import Task
+from jax_densevit.training.evaluation import EXACT_SIZES
 
 SOME_SKIPPED = 2
 
@@ -122,8 +124,10 @@ def predict(
                 print(f"skipped: {error}", file=sys.stderr)
                 skipped.append(images[name])
             else:
-                prediction = jax.device_get(task.decode(forward, {"image": image[None]}, full=True))
-                prediction = {key: value[0] for key, value in prediction.items()}
+                batch = {"image": image[None]}
+                batch = give_room(batch, {}) if len(images) > EXACT_SIZES else batch
+                prediction = jax.device_get(task.decode(forward, batch, full=True))
+                prediction = {key: value[0, : len(image), : image.shape[1]] for key, value in prediction.items()}
                 stem, note = output / stems[name], {"image": name.as_posix(), **facts}
                 written.append(writers.submit(task.write, image, prediction, stem.parent, stem.name, note))
             while len(written) > 4:

@@ -38,13 +38,16 @@ class ConfusionMatrix:
             "unknown": np.zeros((), np.int64),
         }
 
-    def measure(self, labels: jax.Array, predictions: jax.Array, mask: jax.Array | None = None) -> State:
+    def measure(
+        self, labels: jax.Array, predictions: jax.Array, mask: jax.Array | None = None, size: Any = None
+    ) -> State:
         """Counts of one batch, int32; runs inside `jit`.
 
         Args:
           labels: integers `[B, H, W]`.
           predictions: integers `[B, H, W]`.
           mask: bool `[B]`; examples where it is False count nothing. None counts all.
+          size: not needed: where arrays are larger than their pictures, labels are `ignore` beyond.
         """
         if labels.size >= 2**31:
             raise ValueError(f"a batch of {labels.size} pixels does not fit int32 counts")

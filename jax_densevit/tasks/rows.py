@@ -14,6 +14,7 @@ import numpy as np
 
 from jax_densevit.layers.resize import _interpolation_matrix as interpolation_matrix
 from jax_densevit.layers.resize import resize_bilinear
+from jax_densevit.tasks.rooms import Samples, sample_axis
 
 # One block of one example, in bytes of float32 logits.
 BLOCK_BYTES = 8 * 2**20
@@ -103,37 +104,32 @@ def sum_over_pixels(
 
 
 def map_over_pixels(
-    pixels: Callable[[jax.Array], Any],
-    logits: jax.Array,
-    covers: tuple[int, int],
-    size: tuple[int, int],
-    *,
-    rows: int = 0,
+    pixels: Callable[[jax.Array], Any], logits: jax.Array, down: Samples, across: Samples, *, rows: int = 0
 ) -> Any:
-    """What `pixels` makes of the resized logits, `pixels(resize_bilinear(logits, covers)[:, :H, :W])`, by row blocks.
+    """What `pixels` makes of the sampled logits, by blocks of output rows.
 
     Args:
       pixels: `[B, r, W, K] -> ` a pytree of arrays `[B, r, W, ...]`, each pixel by itself (an argmax, a maximum).
       logits: float32 `[B, h, w, K]`.
-      covers: the (height, width) that the logits stretch over.
-      size: the (H, W) wanted, at most `covers`.
+      down, across: samples of the H output rows and W columns.
       rows: output rows per block; 0 chooses by memory.
-    """
-    height, width = size
-    rows = rows or automatic_rows(width, logits.shape[-1], height)
-    plan = plan_rows(logits.shape[1], covers[0], height, min(rows, height))
-    n = plan.weights.shape[2]
 
-    def block(block):
-        start, weights = block
-        part = jax.lax.dynamic_slice_in_dim(logits, start, n, 1)
-        return pixels(_enlarge(part, weights, covers[1], width))
+    Returns:
+      The pytree with arrays `[B, H, W, ...]`.
+    """
+    height, width = len(down.low), len(across.low)
+    rows = min(rows or automatic_rows(width, logits.shape[-1], height), height)
+    blocks = -(-height // rows)
+    down = Samples(*(jnp.pad(values, (0, blocks * rows - height)).reshape(blocks, rows) for values in down))
 
     def join(values):  # [blocks, B, r, W, ...] -> [B, H, W, ...]
         values = values.swapaxes(0, 1)
         return values.reshape(values.shape[0], -1, *values.shape[3:])[:, :height]
 
-    return jax.tree.map(join, jax.lax.map(block, (plan.starts, plan.weights)))
+    def block(down):
+        return pixels(sample_axis(sample_axis(logits, down, 1), across, 2))
+
+    return jax.tree.map(join, jax.lax.map(block, down))
 
 
 def automatic_rows(width: int, channels: int, height: int) -> int:

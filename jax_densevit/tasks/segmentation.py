@@ -27,6 +27,7 @@ from jax_densevit.models.output import DenseOutput
 from jax_densevit.tasks import pictures
 from jax_densevit.tasks.losses import DENOMINATORS, LOSSES, segmentation_loss
 from jax_densevit.tasks.registry import register_task
+from jax_densevit.tasks.rooms import Samples, room_for, sample_axis, samples
 from jax_densevit.tasks.rows import map_over_pixels
 from jax_densevit.tasks.sliding import slide
 from jax_densevit.tasks.task import Batch, LossTerm
@@ -158,35 +159,47 @@ class SegmentationTask:
         full: bool = False,
         probabilities: bool = False,
     ) -> Batch:
-        """Label maps at the resolution of the labels (of the images where there are none).
+        """Label maps at the size of the pictures.
 
         Args:
           forward: jitted model, images `[N, h, w, 3]` to `DenseOutput`.
-          batch: "image" uint8 `[B, H, W, 3]`, and "labels" if they are known.
+          batch: "image" uint8 `[B, H, W, 3]`; "size" (height, width), Python integers, where the pictures fill only the
+            top left corner of it (`rooms.give_room`).
           full: also return "confidence", float32 `[B, H, W]`: the probability of the chosen class.
           probabilities: also return "probabilities", float32 `[B, H, W, K]`.
 
         Returns:
-          `{"labels": int32 [B, H, W], ...}`.
+          `{"labels": int32 [B, H, W], ...}`; what lies beyond "size" has no meaning.
         """
         image = batch["image"]
-        size = tuple(batch["labels"].shape[1:3]) if "labels" in batch else tuple(image.shape[1:3])
+        room = tuple(image.shape[1:3])
+        size = tuple(batch.get("size", room))
         mirrored = (False, True) if self.flip else (False,)
-        passes = [(self.decoding_size(*image.shape[1:3], scale), flip) for scale in self.scales for flip in mirrored]
+        passes = [(self.decoding_size(*size, scale), flip) for scale in self.scales for flip in mirrored]
         total = None
-        for test_size, flip in passes:
-            images = _prepare(self, image, test_size, flip)
+        for fed, flip in passes:
             if self.mode == "slide":
+                images = _prepare(self, image, size, fed, self._room_to_slide(fed, batch), flip)
                 at_once = max(1, self.windows_at_once // len(images))
-                logits, covers = slide(forward, images, self.crop, self.stride, at_once), test_size
+                logits = slide(forward, images, fed, self.crop, self.stride, at_once)
+                place = _samples(fed, size, room, flip)
             else:
-                output = forward(images)
+                output = forward(_prepare(self, image, size, fed, fed, flip))
                 logits, covers = output.logits, output.covers
+                if fed == size and (covers == fed or not flip):
+                    place = _samples(logits.shape[1:3], covers, room, flip, cut=size)
+                else:  # first to what the model was fed, then to the picture
+                    logits = _enlarge(logits, covers, fed)
+                    place = _samples(fed, size, room, flip)
             self._checked(logits)
             if len(passes) == 1 and not probabilities:
-                return _choose(self, logits, covers, test_size, size, full)
-            total = _add_probabilities(self, total, logits, covers, test_size, size, flip)
+                return _choose(self, logits, *place, full)
+            total = _add_probabilities(self, total, logits, *place)
         return _choose_most_probable(total, len(passes), full, probabilities)
+
+    def _room_to_slide(self, fed: tuple[int, int], batch: Batch) -> tuple[int, int]:
+        room = room_for(fed) if "size" in batch else fed
+        return max(room[0], self.crop[0]), max(room[1], self.crop[1])
 
     def decoding_size(self, height: int, width: int, scale: float = 1.0) -> tuple[int, int]:
         """(height, width) at which a picture is fed at `scale`, by `base_size` and `short_side_at_least`."""
@@ -209,7 +222,7 @@ class SegmentationTask:
     def measure(self, predictions: Batch, batch: Batch) -> dict[str, Any]:
         """Counts of one batch by metric; examples whose mask is False count nothing."""
         return {
-            name: metric.measure(batch["labels"], predictions["labels"], batch.get("mask"))
+            name: metric.measure(batch["labels"], predictions["labels"], batch.get("mask"), batch.get("size"))
             for name, metric in self.metrics().items()
         }
 
@@ -273,38 +286,46 @@ class SegmentationTask:
         return logits
 
 
-@functools.partial(jax.jit, static_argnames=("task", "size", "flip"))
-def _prepare(task: SegmentationTask, image: jax.Array, size: tuple[int, int], flip: bool) -> jax.Array:
-    """Normalised images at `size`, mirrored if asked."""
+def _samples(given, length, room, mirrored: bool, cut=(0, 0)) -> tuple[Samples, Samples]:
+    """Samples of rows and columns; the mirror image is taken of columns."""
+    down = samples(given[0], length[0], room=room[0], cut=cut[0])
+    return down, samples(given[1], length[1], room=room[1], cut=cut[1], mirrored=mirrored)
+
+
+def _prepare(task: SegmentationTask, image: jax.Array, size, fed, room, flip: bool) -> jax.Array:
+    """Normalised images, those of `size` resized to `fed`, mirrored if asked, in arrays of `room`; 0 beyond."""
+    same = tuple(image.shape[1:3]) == size == fed == room and not flip
+    return _normalise(task, image, None if same else _samples(size, fed, room, flip))
+
+
+@functools.partial(jax.jit, static_argnames="task")
+def _normalise(task: SegmentationTask, image: jax.Array, place: tuple[Samples, Samples] | None) -> jax.Array:
     (images,) = task.inputs({"image": image})
-    if images.shape[1:3] != size:
-        images = resize_bilinear(images, size)
-    return images[:, :, ::-1] if flip else images
+    return images if place is None else sample_axis(sample_axis(images, place[0], 1), place[1], 2)
 
 
-@functools.partial(jax.jit, static_argnames=("task", "covers", "cut", "size", "confidence"))
-def _choose(task: SegmentationTask, logits: jax.Array, covers, cut, size, confidence: bool) -> Batch:
-    """The answer of a single pass, by blocks of rows; `cut` is the size of the picture that was fed."""
-    logits = logits.astype(jnp.float32)
-    if cut != size:
-        logits, covers = resize_bilinear(logits, covers)[:, : cut[0], : cut[1]], size
+@functools.partial(jax.jit, static_argnames=("covers", "size"))
+def _enlarge(logits: jax.Array, covers: tuple[int, int], size: tuple[int, int]) -> jax.Array:
+    return resize_bilinear(logits.astype(jnp.float32), covers)[:, : size[0], : size[1]]
+
+
+@functools.partial(jax.jit, static_argnames=("task", "full"))
+def _choose(task: SegmentationTask, logits: jax.Array, down: Samples, across: Samples, full: bool) -> Batch:
+    """The answer of a single pass, by blocks of rows: full-size logits never exist."""
 
     def pixels(block):
         answer = {"labels": jnp.argmax(block, -1).astype(jnp.int32)}
-        if confidence:
+        if full:
             answer["confidence"] = _probabilities(task, block).max(-1)
         return answer
 
-    return map_over_pixels(pixels, logits, covers, size)
+    return map_over_pixels(pixels, logits.astype(jnp.float32), down, across)
 
 
-@functools.partial(jax.jit, static_argnames=("task", "covers", "cut", "size", "flip"), donate_argnums=1)
-def _add_probabilities(task, total: jax.Array | None, logits: jax.Array, covers, cut, size, flip: bool) -> jax.Array:
-    """The sum of probabilities `[B, *size, K]` with one more pass: resize, unflip, softmax."""
-    logits = resize_bilinear(logits.astype(jnp.float32), covers)[:, : cut[0], : cut[1]]
-    if flip:
-        logits = logits[:, :, ::-1]
-    probabilities = _probabilities(task, resize_bilinear(logits, size))
+@functools.partial(jax.jit, static_argnames="task", donate_argnums=1)
+def _add_probabilities(task, total: jax.Array | None, logits: jax.Array, down: Samples, across: Samples) -> jax.Array:
+    """The sum of probabilities `[B, H, W, K]` with those of one more pass."""
+    probabilities = _probabilities(task, sample_axis(sample_axis(logits.astype(jnp.float32), down, 1), across, 2))
     return probabilities if total is None else total + probabilities
 
 

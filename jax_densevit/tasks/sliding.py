@@ -10,7 +10,6 @@ sizes of the pictures.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
 def slide(
     forward: Callable[[jax.Array], DenseOutput],
     images: jax.Array,
+    size: tuple[int, int],
     crop: tuple[int, int],
     stride: tuple[int, int],
     windows_at_once: int = 1,
@@ -37,38 +37,34 @@ def slide(
 
     Args:
       forward: jitted; images `[N, *crop, 3]` to a `DenseOutput`.
-      images: normalised float `[B, H, W, 3]`. Where it is smaller than the crop it is padded with 0 (the mean
-        colour) at the bottom and the right, and the result is cut.
+      images: normalised float `[B, H, W, 3]`, H and W at least the crop's. Beyond `size` it is 0, the mean colour: a
+        picture smaller than the crop is padded by that.
+      size: the true (height, width) of the pictures in their array.
       crop, stride: (height, width) in pixels.
       windows_at_once: windows per picture in one call of `forward`.
 
     Returns:
-      float32 `[B, H, W, K]`.
+      float32 `[B, H, W, K]`; what lies beyond `size` has no meaning.
     """
-    size = images.shape[1:3]
-    padded = tuple(max(s, c) for s, c in zip(size, crop, strict=True))
+    room = images.shape[1:3]
     starts = [
         (top, left)
         for top in window_starts(size[0], crop[0], stride[0])
         for left in window_starts(size[1], crop[1], stride[1])
     ]
-    count = np.zeros(padded, np.float32)
+    count = np.zeros(room, np.float32)
     for top, left in starts:
         count[top : top + crop[0], left : left + crop[1]] += 1
-    images = _pad(images, padded)
     canvas = None
     for i in range(0, len(starts), windows_at_once):
         group = starts[i : i + windows_at_once]
         used = np.arange(windows_at_once) < len(group)
         group = np.array(group + [group[-1]] * (windows_at_once - len(group)), np.int32)
         output = forward(_take(images, group, crop))
-        canvas = _add(canvas, output, group, used, padded, crop)
-    return _divide(canvas, count, size)
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _pad(images: jax.Array, size: tuple[int, int]) -> jax.Array:
-    return jnp.pad(images, ((0, 0), (0, size[0] - images.shape[1]), (0, size[1] - images.shape[2]), (0, 0)))
+        if canvas is None:  # divided over devices as the pictures are
+            canvas = jnp.zeros((*images.shape[:3], output.logits.shape[-1]), jnp.float32, device=images.sharding)
+        canvas = _add(canvas, output, group, used, crop)
+    return _divide(canvas, np.maximum(count, 1))
 
 
 @functools.partial(jax.jit, static_argnames="crop")
@@ -82,13 +78,11 @@ def _take(images: jax.Array, starts: jax.Array, crop: tuple[int, int]) -> jax.Ar
     return windows.reshape(-1, *windows.shape[2:])
 
 
-@functools.partial(jax.jit, static_argnames=("size", "crop"), donate_argnums=0)
-def _add(canvas: Any, output: DenseOutput, starts: jax.Array, used: jax.Array, size, crop) -> jax.Array:
-    """The canvas `[B, *size, K]` (None: zeros) with the logits of the windows that are `used` added at their places."""
+@functools.partial(jax.jit, static_argnames="crop", donate_argnums=0)
+def _add(canvas: jax.Array, output: DenseOutput, starts: jax.Array, used: jax.Array, crop) -> jax.Array:
+    """The canvas `[B, H, W, K]` with the logits of the windows that are `used` added at their places."""
     windows = resize_bilinear(output.logits.astype(jnp.float32), output.covers)[:, : crop[0], : crop[1]]
     windows = windows.reshape(-1, len(starts), *windows.shape[1:])
-    if canvas is None:
-        canvas = jnp.zeros((len(windows), *size, windows.shape[-1]), jnp.float32)
     for i in range(len(starts)):
         corner = (0, starts[i, 0], starts[i, 1], 0)
         place = jax.lax.dynamic_slice(canvas, corner, (len(canvas), *crop, canvas.shape[-1]))
@@ -96,6 +90,6 @@ def _add(canvas: Any, output: DenseOutput, starts: jax.Array, used: jax.Array, s
     return canvas
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def _divide(canvas: jax.Array, count: jax.Array, size: tuple[int, int]) -> jax.Array:
-    return (canvas / count[..., None])[:, : size[0], : size[1]]
+@functools.partial(jax.jit, donate_argnums=0)
+def _divide(canvas: jax.Array, count: jax.Array) -> jax.Array:
+    return canvas / count[..., None]

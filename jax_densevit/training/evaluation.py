@@ -16,9 +16,12 @@ from jax.sharding import Mesh
 
 from jax_densevit.data.pipeline import evaluation_plan, evaluation_stream
 from jax_densevit.data.source import Source
+from jax_densevit.tasks.rooms import give_room
 from jax_densevit.tasks.task import Task
 from jax_densevit.training.mesh import batch_shards, put_batch, replicated
 from jax_densevit.writing import whole_file, write_json
+
+EXACT_SIZES = 8  # for more sizes of pictures than this, arrays get some room, so that few shapes are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,7 @@ def evaluate(
     plan = evaluation_plan(source, -(-batch_size // shards) * shards, limit)
     total = sum(index >= 0 for planned in plan for index in planned.indices)
     shown = set(np.linspace(0, total - 1, min(sheet, total)).round().astype(int).tolist())
+    roomy = len({planned.size for planned in plan}) > EXACT_SIZES
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     stream = evaluation_stream(source, plan, threads=threads, **processes)
     metrics, measure = task.metrics(), _measure(task, mesh)
@@ -90,13 +94,17 @@ def evaluate(
     # Decoding feeds small host arrays to jitted pieces; a training loop may have forbidden that for itself.
     with jax.transfer_guard("allow"):
         for planned, rows in zip(plan, stream, strict=True):
-            batch = put_batch(rows, mesh)
+            if roomy:
+                rows = give_room(rows, {"labels": source.info.ignore})
+            size = {"size": rows.pop("size")} if roomy else {}
+            batch = {**put_batch(rows, mesh), **size}
             predictions = task.decode(forward, batch)
             measured = measure(predictions, batch)
             for row, index in enumerate(planned.indices):
                 if index in shown:
                     fetched = jax.device_get(_row(mesh)(predictions, row))
-                    examples[index] = {f"predicted_{name}": value for name, value in fetched.items()}
+                    height, width = planned.size
+                    examples[index] = {f"predicted_{name}": value[:height, :width] for name, value in fetched.items()}
             if pending is not None:  # read one batch late: the devices never wait for the host
                 take(pending)
             pending = measured

@@ -47,6 +47,10 @@ def test_counts_of_blobs_against_erosion(seed, size):
     both, union = slow_counts(labels, predictions, 3, 255)
     np.testing.assert_array_equal(state["both"], both)
     np.testing.assert_array_equal(state["truth"] + state["predicted"] - state["both"], union)
+    room = ((0, 0), (0, 3), (0, 20))  # the same in the corner of a larger array
+    wide = [np.pad(labels, room, constant_values=255), np.pad(predictions, room, constant_values=1)]
+    wide = jax.device_get(jax.jit(metric.measure)(*wide, None, size))
+    assert all((wide[key] == state[key]).all() for key in state)
     one = jax.device_get(measure(labels, predictions, np.array([True, False])))
     np.testing.assert_array_equal(one["both"], slow_counts(labels[:1], predictions[:1], 3, 255)[0])
 
@@ -58,7 +62,14 @@ def test_perfect_is_one_and_absent_is_none():
     result = metric.compute(metric.merge(metric.empty(), jax.device_get(metric.measure(labels, labels))))
     assert [row["boundary_IoU"] for row in result["per_class"]] == [1.0, 1.0, None]
     assert result["mean_boundary_IoU"] == 1.0
-    assert boundary_width(1024, 2048) == 46 and boundary_width(4, 4) == 1
+
+
+def test_boundary_width_is_python_s_rounding():
+    rng = np.random.default_rng(0)
+    sizes = [(1024, 2048), (4, 4), (45, 60), (75, 100), (15, 20), *rng.integers(1, 2049, (200, 2)).tolist()]
+    widths = jax.jit(jax.vmap(lambda size: boundary_width(size[0], size[1], (2048, 2048))))(np.array(sizes))
+    assert widths.tolist() == [max(1, round(0.02 * np.hypot(*size))) for size in sizes]
+    assert boundary_width(1024, 2048, (1024, 2048)) == 46
 
 
 @pytest.mark.reference

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_densevit.layers.resize import resize_bilinear
 from jax_densevit.tasks.losses import segmentation_loss
+from jax_densevit.tasks.rooms import samples
 from jax_densevit.tasks.rows import automatic_rows, map_over_pixels
 
 
@@ -143,7 +144,13 @@ def test_pixels_by_row_blocks(rows):
     logits, _ = draw(3, 2, (5, 4), 6, (1, 1))
     full = resize_bilinear(logits, (20, 16))[:, :18, :15]
     labels, top = jax.jit(
-        lambda x: map_over_pixels(lambda block: (block.argmax(-1), block.max(-1)), x, (20, 16), (18, 15), rows=rows)
+        lambda x: map_over_pixels(
+            lambda block: (block.argmax(-1), block.max(-1)),
+            x,
+            samples(5, 20, cut=18),
+            samples(4, 16, cut=15),
+            rows=rows,
+        )
     )(logits)
     np.testing.assert_array_equal(labels, full.argmax(-1))
     np.testing.assert_allclose(top, full.max(-1), rtol=1e-5)

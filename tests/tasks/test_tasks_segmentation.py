@@ -14,6 +14,7 @@ from jax_densevit.data.source import DataInfo
 from jax_densevit.errors import UserError
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.tasks import create_task
+from jax_densevit.tasks.rooms import give_room, room_for
 from jax_densevit.tasks.segmentation import SegmentationTask
 from jax_densevit.tasks.sliding import window_starts
 
@@ -112,15 +113,18 @@ def pictures(seed, batch, height, width):
     return np.stack([interpolate(c, (height, width)) for c in coarse]).round().astype(np.uint8)
 
 
-def check(options, sizes, image, label_size=None):
+def check(options, sizes, image):
     """Decodes with `options` and compares everything with NumPy; returns the model for its shapes."""
     model, task = Model(), create_task("segmentation", INFO, **options)
-    batch = {"image": image}
-    if label_size:
-        batch["labels"] = np.zeros((len(image), *label_size), np.uint8)
+    batch, (height, width) = {"image": image}, image.shape[1:3]
     answer = task.decode(model, batch, full=True, probabilities=True)
     plain = task.decode(model, batch, full=True)
-    assert answer["labels"].dtype == jnp.int32 and plain["labels"].shape == answer["labels"].shape
+    assert answer["labels"].dtype == jnp.int32 and plain["labels"].shape == (len(image), height, width)
+    # The same in the corner of larger arrays.
+    batch = give_room({"image": image}, {"image": 77})
+    roomy = [task.decode(model, batch, full=True, probabilities=True), task.decode(model, batch, full=True)]
+    assert roomy[0]["labels"].shape[1:] == (-(-height // 16) * 16, -(-width // 16) * 16)
+    roomy = [{key: value[:, :height, :width] for key, value in result.items()} for result in roomy]
     for i, picture in enumerate(image):
         expected = slow_decode(
             model,
@@ -130,10 +134,11 @@ def check(options, sizes, image, label_size=None):
             options.get("stride"),
             sizes,
             options.get("flip", False),
-            label_size or picture.shape[:2],
+            (height, width),
         )
-        np.testing.assert_allclose(answer["probabilities"][i], expected, atol=2e-5)
-        for result in (answer, plain):
+        for result in (answer, roomy[0]):
+            np.testing.assert_allclose(result["probabilities"][i], expected, atol=2e-5)
+        for result in (answer, plain, *roomy):
             np.testing.assert_allclose(result["confidence"][i], expected.max(-1), atol=2e-5)
             # Where the best two are closer than rounding, either is right.
             two = np.sort(expected, -1)
@@ -145,7 +150,7 @@ def check(options, sizes, image, label_size=None):
 
 def test_whole_pictures_of_odd_sizes():
     check({}, [(13, 18)], pictures(0, 2, 13, 18))
-    check({}, [(13, 18)], pictures(0, 1, 13, 18), label_size=(26, 35))
+    check({"flip": True}, [(13, 18)], pictures(0, 2, 13, 18))  # the model pads to (16, 20) inside
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (21, 17), (5, 30), (6, 7)])
@@ -168,6 +173,24 @@ def test_the_model_compiles_once_for_pictures_of_all_sizes():
     for i, size in enumerate([(8, 8), (9, 21), (30, 12), (4, 5)]):
         task.decode(model, {"image": pictures(i, 2, *size)})
     assert model.shapes == {(4, 8, 8, 3)}  # two windows of each of two pictures
+
+
+def test_pictures_with_room_compile_once_for_many_sizes(caplog):
+    model, task = Model(), SegmentationTask(INFO, mode="slide", crop=8, stride=6, flip=True, scales=(1.0, 1.5))
+    with jax.log_compiles():
+        task.decode(model, give_room({"image": pictures(0, 1, 21, 23)}, {}))
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        for i, size in enumerate([(17, 20), (19, 18), (21, 21), (20, 17)]):
+            task.decode(model, give_room({"image": pictures(i, 1, *size)}, {}))
+        assert "Compiling" not in caplog.text
+
+
+def test_rooms():
+    for side in (*range(1, 300), 511, 1000, 1025, 2049, 4000):
+        room = room_for((side, 16))[0]
+        assert side <= room <= max(side + 15, side * 1.125)
+    assert len({room_for((side, 16)) for side in range(257, 2049)}) == 24
 
 
 @settings(max_examples=200, deadline=None)

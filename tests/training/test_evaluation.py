@@ -34,7 +34,7 @@ class Scenes:
         return self.n
 
     def size(self, index):
-        return self.sizes[index * 7 % 3]
+        return self.sizes[index * 7 % len(self.sizes)]
 
     def read(self, index):
         rng = np.random.default_rng(index)
@@ -86,6 +86,20 @@ def test_thirteen_examples_exactly(devices, batch_size):
         red = example["image"][..., :1] / 255.0
         expected = np.abs(red - np.array([43, 128, 213, 999]) / 255).argmin(-1)
         np.testing.assert_array_equal(example["predicted_labels"], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "slide", "crop": 8, "stride": 5}])
+def test_many_sizes_get_room_and_the_same_numbers(options, monkeypatch):
+    """More sizes than are worth compiling for: arrays are larger than pictures, and nothing else changes."""
+    source, task = Scenes(13, sizes=[(5 + i, 19 - i) for i in range(11)]), SegmentationTask(INFO, **options)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    roomy = evaluate(task, forward, source, mesh=mesh, batch_size=2, sheet=3)
+    monkeypatch.setattr("jax_densevit.training.evaluation.EXACT_SIZES", 100)
+    exact = evaluate(task, forward, source, mesh=mesh, batch_size=2, sheet=3)
+    assert roomy.results == exact.results
+    assert np.array(roomy.results["segmentation"]["confusion"])[:, :4].tolist() == slow_scores(source, 13).tolist()
+    for a, b in zip(roomy.examples, exact.examples, strict=True):
+        np.testing.assert_array_equal(a["predicted_labels"], b["predicted_labels"])
 
 
 def test_limit_and_files(tmp_path):
