@@ -94,7 +94,7 @@ def show(results: dict[str, Inspection], console: Console) -> None:
             console.print("; ".join(fact for fact in facts if fact))
         if result.values:
             console.print(Text(f"values in the masks: {_ranges(result.values)}"))
-            console.print(_table(result))
+            console.print(_table(result, narrow=console.width < 60))
         for finding in result.findings:
             color = "red" if finding.severity == "error" else "yellow"
             console.print(Text.assemble((f"{finding.severity}: ", f"bold {color}"), finding.message))
@@ -110,7 +110,7 @@ def show(results: dict[str, Inspection], console: Console) -> None:
 
 
 def _sizes(result: Inspection) -> str:
-    """ "all 256x256", or the range of sizes; height x width."""
+    """The one size as height x width, or the range of sizes."""
     sizes = sorted(result.sizes)
     if not sizes:
         return ""
@@ -121,7 +121,7 @@ def _sizes(result: Inspection) -> str:
 
 
 def _ranges(values) -> str:
-    """ "0..18, 255", or the first few of many colors."""
+    """Ids as ranges (`0..18, 255`), or the most frequent of many colors."""
     ids = sorted(value for value in values if isinstance(value, int))
     parts: list[list[int]] = []
     for value in ids:
@@ -136,25 +136,22 @@ def _ranges(values) -> str:
     return ", ".join(shown)
 
 
-def _table(result: Inspection) -> Table:
-    """Pixels and files per class."""
+def _table(result: Inspection, narrow: bool) -> Table:
+    """Pixels and files per class; numbers are never cut, long names are folded."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title, justify in (
-        ("label", "right"),
-        ("class", "left"),
-        ("pixels", "right"),
-        ("share", "right"),
-        ("files", "right"),
-    ):
-        table.add_column(title, justify=justify)
+    for title in ("label", "share", "files") if narrow else ("label", "share", "files", "pixels"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("class", overflow="fold")
     labelled = max(1, sum(result.class_pixels))
     palette = result.info.palette or ((128, 128, 128),) * len(result.info.classes)
     rows = zip(result.info.classes, palette, result.class_pixels, result.class_files, strict=True)
     for label, (name, color, pixels, files) in enumerate(rows):
-        named = Text.assemble(("■ ", f"rgb({color[0]},{color[1]},{color[2]})"), (name, "" if files else "yellow"))
-        table.add_row(str(label), named, f"{pixels:,}", f"{100 * pixels / labelled:.2f} %", str(files))
+        numbers = [str(label), f"{100 * pixels / labelled:.2f} %", str(files), f"{pixels:,}"][: 3 if narrow else 4]
+        square = ("\N{BLACK SQUARE} ", f"rgb({color[0]},{color[1]},{color[2]})")
+        table.add_row(*numbers, Text.assemble(square, (name, "" if files else "yellow")))
     if result.ignored:
-        table.add_row("255", "(ignored)", f"{result.ignored:,}", "", "")
+        numbers = ["255", "", "", f"{result.ignored:,}"][: 3 if narrow else 4]
+        table.add_row(*numbers, "(ignored)")
     return table
 
 

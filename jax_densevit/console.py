@@ -19,6 +19,10 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     A :class:`UserError` is printed as its one sentence (exit code 1), Ctrl-C leaves with 130, and a closed pipe
     (`| head`) is no error. Anything else is a defect and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or pipe that knows only ASCII shows "?" for a name it cannot write; it does not end the program.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()

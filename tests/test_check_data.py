@@ -1,8 +1,11 @@
 """check_data: every fault that a set of files can have is found, named and answered with an option."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -265,6 +268,15 @@ def test_run_prints_one_sentence_and_leaves_with_1(monkeypatch, capsys):
         check_data.run()
     assert left.value.code == 1
     assert capsys.readouterr().err.startswith("error: There is no config file 'no_such_file.py'")
+
+
+def test_a_narrow_screen_without_unicode(files):
+    files.options["classes"] = ("Himmel", "Bäume", "Straße")
+    command = [sys.executable, "-m", "jax_densevit.check_data", f"--config={files.config()}"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "30"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "Ready to train" in done.stdout.replace("\n", " ") and "Stra?e" in done.stdout
 
 
 def test_ids_and_objects_do_not_look_soft():

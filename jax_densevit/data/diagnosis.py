@@ -20,7 +20,7 @@ def count_values(raw: np.ndarray) -> dict[Value, int]:
 
 
 def describe(counts: Mapping[Value, int], pixels: int = 0) -> str:
-    """ "the ids 3, 7 (1.2 % of the pixels)"; of many values the six most frequent; no share when `pixels` is 0."""
+    """Reads `the ids 3, 7 (1.2 % of the pixels)`: at most six, the most frequent; no share when `pixels` is 0."""
     kind = "color" if counts and isinstance(next(iter(counts)), tuple) else "id"
     values = sorted(counts, key=counts.get, reverse=True)
     shown = ", ".join(str(value) for value in (sorted(values) if len(values) <= 6 else values[:6]))

@@ -167,7 +167,7 @@ def _stem(name: str, suffix: str) -> str | None:
 
 
 def _nearby(path: Path) -> str:
-    """ "; <parent> has a, b, c." or, where that does not exist either, the part of the path that does."""
+    """The end of a sentence: what the parent folder has, or the part of the path that exists."""
     parent = path.parent
     if parent.is_dir():
         names = sorted(entry.name for entry in os.scandir(parent) if not entry.name.startswith("."))
