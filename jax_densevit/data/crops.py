@@ -10,20 +10,23 @@ ever resampled: :class:`RandomCrop` chooses it in NumPy, :func:`resample` interp
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
-from jax_densevit.data.order import counter_hash
+from jax_densevit.data.order import scalar_hash
 from jax_densevit.data.source import IGNORE, Example
 
 TRIES = 10  # crops that are judged before the next one is taken as it comes
 _CROP = 0x63726F70
 
 
-def uniforms(seed: np.ndarray, count: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) from an example's seed (uint32 [2]): float64 [count]."""
-    return (counter_hash(_CROP, seed[0], seed[1], np.arange(count)) >> np.uint64(11)) * 2.0**-53
+def uniforms(seed: tuple[int, int]) -> Iterator[float]:
+    """An endless stream of uniform numbers in [0, 1) from an example's seed."""
+    for draw in itertools.count():
+        yield (scalar_hash(_CROP, *seed, draw) >> 11) * 2.0**-53
 
 
 def scaled_size(size: tuple[int, int], box: tuple[int, int], ratio: float) -> tuple[int, int]:
@@ -80,8 +83,8 @@ class RandomCrop:
     fill: tuple[int, int, int] = (0, 0, 0)
     ignore: int = IGNORE
 
-    def __call__(self, example: Example, seed: np.ndarray) -> dict[str, np.ndarray]:
-        """Crops `example` with the randomness of `seed` (uint32 [2]).
+    def __call__(self, example: Example, seed: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Crops `example` with the randomness of `seed` (two integers, see :func:`order.augmentation_seed`).
 
         Returns:
           "labels" and "instances" (if the example has them), cropped and padded; "size" int32 [2], the height and width
@@ -90,11 +93,12 @@ class RandomCrop:
           fractions of the way from the first pixel's centre to the last one's.
         """
         image = example["image"]
-        draws = uniforms(seed, 1 + 2 * (TRIES + 1))
+        draws = uniforms(seed)
+        ratio = self.ratio[0] + next(draws) * (self.ratio[1] - self.ratio[0])
         size = scaled = image.shape[:2]
         if self.box != (0, 0):
-            scaled = scaled_size(size, self.box, self.ratio[0] + draws[0] * (self.ratio[1] - self.ratio[0]))
-        window = self._window(scaled, example.get("labels"), draws[1:].reshape(-1, 2))
+            scaled = scaled_size(size, self.box, ratio)
+        window = self._window(scaled, example.get("labels"), draws)
         y, x, height, width = window
         result = {"size": np.array((height, width), np.int32)}
         for name, value in (("labels", self.ignore), ("instances", 0)):
@@ -109,18 +113,17 @@ class RandomCrop:
         result["box"] = np.array((first_row, first_column, last_row, last_column), np.float32)
         return result
 
-    def _window(self, scaled, labels, draws) -> tuple[int, int, int, int]:
+    def _window(self, scaled: tuple[int, int], labels, draws: Iterator[float]) -> tuple[int, int, int, int]:
         height, width = min(scaled[0], self.crop[0]), min(scaled[1], self.crop[1])
         free = scaled[0] - height, scaled[1] - width
-        for place, (u, v) in enumerate(draws):
-            window = int(u * (free[0] + 1)), int(v * (free[1] + 1)), height, width
-            if self.max_class_ratio >= 1 or labels is None or free == (0, 0) or place == TRIES:
-                break
+        for tries in itertools.count():
+            window = int(next(draws) * (free[0] + 1)), int(next(draws) * (free[1] + 1)), height, width
+            if self.max_class_ratio >= 1 or labels is None or free == (0, 0) or tries == TRIES:
+                return window
             counts = np.bincount(nearest(labels, scaled, window).ravel(), minlength=256)
             counts[self.ignore] = 0
             if (counts > 0).sum() > 1 and counts.max() < self.max_class_ratio * counts.sum():
-                break
-        return window
+                return window
 
 
 def _touched(start: int, count: int, size: int, scaled: int) -> tuple[slice, float, float]:

@@ -14,6 +14,7 @@ from jax_densevit.errors import UserError
 
 _ORDER = 0x6F72646572  # what a hash is for: streams of different purposes are independent
 _AUGMENTATION = 0x61756775
+_MASK = 2**64 - 1
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
@@ -30,9 +31,24 @@ def counter_hash(*counters) -> np.ndarray:
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
         for counter in counters:
             if isinstance(counter, int):
-                counter = np.uint64(counter & 0xFFFF_FFFF_FFFF_FFFF)
+                counter = np.uint64(counter & _MASK)
             mixed = _splitmix64(mixed ^ _splitmix64(np.asarray(counter).astype(np.uint64)))
     return np.asarray(mixed)
+
+
+def scalar_hash(*counters: int) -> int:
+    """:func:`counter_hash` of Python integers: for a single number several times faster than NumPy."""
+    mixed = 0
+    for counter in counters:
+        mixed = _splitmix64_of_int(mixed ^ _splitmix64_of_int(counter & _MASK))
+    return mixed
+
+
+def _splitmix64_of_int(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
 
 
 @functools.lru_cache(maxsize=4)
@@ -78,6 +94,12 @@ def augmentation_seeds(seed: int, epoch: np.ndarray, index: np.ndarray) -> np.nd
     """The seed of each example's augmentation: uint32 [..., 2], a hash of (seed, epoch, index) only."""
     mixed = counter_hash(_AUGMENTATION, seed, epoch, index)
     return np.stack([mixed >> np.uint64(32), mixed & np.uint64(0xFFFF_FFFF)], axis=-1).astype(np.uint32)
+
+
+def augmentation_seed(seed: int, epoch: int, index: int) -> tuple[int, int]:
+    """:func:`augmentation_seeds` of one example, as Python integers."""
+    mixed = scalar_hash(_AUGMENTATION, seed, epoch, index)
+    return mixed >> 32, mixed & 0xFFFF_FFFF
 
 
 def host_rows(batch_size: int, process_index: int = 0, process_count: int = 1) -> slice:

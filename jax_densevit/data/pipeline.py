@@ -232,8 +232,7 @@ class Reader:
         image = example["image"]
         check_fit(example, self.names, image.shape[:2])
         if self.crop:
-            seed = order.augmentation_seeds(self.seed, epoch, int(permutation[at]))
-            result = self.crop(example, seed)
+            result = self.crop(example, order.augmentation_seed(self.seed, epoch, int(permutation[at])))
         elif image.shape[:2] != self.first_size:
             raise UserError(
                 f"{example['id']} has size {image.shape[:2]} and {self.first_id} has size {self.first_size}: "

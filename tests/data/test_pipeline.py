@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_densevit.data import order, pipeline
-from jax_densevit.data.crops import RandomCrop, nearest, scaled_size
+from jax_densevit.data.crops import RandomCrop, nearest, scaled_size, uniforms
 from jax_densevit.data.pipeline import evaluation_plan, evaluation_stream, train_stream
 from jax_densevit.data.source import DataInfo
 from jax_densevit.errors import UserError
@@ -225,7 +225,7 @@ class TestCrops:
         shares = {}
         for ratio in (1.0, 0.75, 0.5):
             cut = RandomCrop((16, 16), max_class_ratio=ratio)
-            crops = [cut(example, np.array((7, i), np.uint32))["labels"] for i in range(400)]
+            crops = [cut(example, (7, i))["labels"] for i in range(400)]
             counts = np.array([[(c == 0).sum(), (c == 1).sum()] for c in crops])
             shares[ratio] = np.mean((counts.min(1) > 0) & (counts.max(1) < ratio * counts.sum(1)))
         # A window sees enough of the stripe for 0.75 in 13 of 185 places: 1 - (1 - p)^11 of the crops are good.
@@ -236,7 +236,7 @@ class TestCrops:
 
     def test_one_class_only_ends_after_the_tries(self):
         example = {"image": np.zeros((64, 64, 3), np.uint8), "labels": np.zeros((64, 64), np.uint8), "id": "flat"}
-        seen = {tuple(RandomCrop((16, 16), max_class_ratio=0.75)(example, np.array((1, i)))["size"]) for i in range(5)}
+        seen = {tuple(RandomCrop((16, 16), max_class_ratio=0.75)(example, (1, i))["size"]) for i in range(5)}
         assert seen == {(16, 16)}
 
 
@@ -280,15 +280,13 @@ class TestResize:
         for batch in take(train_stream(source, batch_size=3, seed=5, **options), 8):
             for row, index in enumerate(batch["index"]):
                 example = source.read(int(index))
-                result = cut(example, batch["seed"][row])
-                ratio, *_ = pipeline_draws(batch["seed"][row])
-                scaled = scaled_size(example["image"].shape[:2], (80, 60), 0.5 + 1.5 * ratio)
+                seed = tuple(batch["seed"][row].tolist())
+                draws = uniforms(seed)
+                scaled = scaled_size(example["image"].shape[:2], (80, 60), 0.5 + 1.5 * next(draws))
                 scales.append(scaled[0] / example["image"].shape[0])
                 whole = bilinear(example["image"], scaled)
-                y, x, height, width = cut._window(
-                    scaled, None, np.reshape(pipeline_draws(batch["seed"][row])[1:], (-1, 2))
-                )
-                assert (height, width) == tuple(batch["size"][row]) == tuple(result["size"])
+                y, x, height, width = cut._window(scaled, None, draws)
+                assert (height, width) == tuple(batch["size"][row]) == tuple(cut(example, seed)["size"])
                 ours = batch["image"][row, :height, :width].astype(float)
                 assert np.abs(ours - whole[y : y + height, x : x + width]).max() <= 0.505
                 assert (batch["image"][row, height:] == FILL).all() and (batch["image"][row, :, width:] == FILL).all()
@@ -312,12 +310,6 @@ class TestResize:
             assert (batch["size"] >= 1).all() and (batch["size"] <= 8).all()
             for image, index, (height, width) in zip(batch["image"], batch["index"], batch["size"], strict=True):
                 assert (image[:height, :width, 2] == index).all(), "interpolated only within the image"
-
-
-def pipeline_draws(seed):
-    from jax_densevit.data.crops import TRIES, uniforms
-
-    return uniforms(seed, 1 + 2 * (TRIES + 1))
 
 
 def bilinear(image, scaled):
