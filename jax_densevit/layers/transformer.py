@@ -196,9 +196,7 @@ def segments(num_layers: int, taps: Sequence[int] = ()) -> list[tuple[int, int]]
     """
     for tap in taps:
         if not 1 <= tap <= num_layers:
-            raise UserError(
-                f"There is no block {tap} to tap: the encoder's num_layers={num_layers} blocks count from 1."
-            )
+            raise UserError(f"There is no block {tap} to tap; the num_layers={num_layers} blocks count from 1.")
     stops = sorted({*taps, num_layers})
     return list(zip([0, *stops[:-1]], stops, strict=True))
 
@@ -257,9 +255,7 @@ def stack_blocks(tree: dict[str, Any], taps: Sequence[int] = ()) -> dict[str, An
             out[name] = stack_blocks(value, taps) if isinstance(value, dict) else value
     if blocks:
         if sorted(blocks) != list(range(len(blocks))):
-            raise ValueError(
-                f"the blocks of an unrolled encoder must be 0 .. {len(blocks) - 1}; found {sorted(blocks)}"
-            )
+            raise ValueError(f"the blocks of an unrolled encoder count from 0 without a gap; found {sorted(blocks)}")
         for start, stop in segments(len(blocks), taps):
             out[f"blocks_{start}_{stop}"] = jax.tree.map(_stack, *(blocks[i] for i in range(start, stop)))
     return out

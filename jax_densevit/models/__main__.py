@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     console = Console() if os.isatty(1) else Console(width=120)
     console.print(table)
     console.print(
-        "parameters: everything that is trained, auxiliary heads included. as published: plus layers that the published "
+        "parameters: everything that is trained, auxiliary heads included. as published: plus layers that the original "
         "SETR modules own and never use. GMACs: multiply-accumulates of one image forward, in evaluation.",
         highlight=False,
     )
