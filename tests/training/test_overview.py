@@ -1,3 +1,4 @@
+import functools
 import io
 
 import jax
@@ -13,9 +14,11 @@ COUNT = (3 * WIDTH + WIDTH) + (WIDTH * WIDTH + WIDTH) + 2 * (WIDTH * 3 + 3)
 BODY = 4 * WIDTH * WIDTH
 
 
-def facts(mesh=None, **options):
+@functools.cache
+def facts(data=1, fsdp=1):
+    mesh = make_mesh(data=data, fsdp=fsdp, devices=jax.devices()[: data * fsdp])
     training = Training(
-        model=TinyModel(width=WIDTH), config=tiny_config(name="adamw"), mesh=mesh, minimum_bytes=BODY, **options
+        model=TinyModel(width=WIDTH), config=tiny_config(name="adamw"), ema=0.9, mesh=mesh, minimum_bytes=BODY
     )
     return overview(
         training.step, training.abstract, training.shardings, training.shapes, macs=5_000_000, minimum_bytes=BODY
@@ -23,7 +26,7 @@ def facts(mesh=None, **options):
 
 
 def test_parameters_and_state():
-    found = facts(make_mesh(data=2, fsdp=4), ema=0.9)
+    found = facts(data=2, fsdp=4)
     assert found.parameter_count == COUNT
     assert found.mesh == {"data": 2, "fsdp": 4, "tensor": 1} and found.batch_size == 16
     rows = {row.path: row for row in found.parameters}
@@ -52,7 +55,7 @@ def test_operations():
     # What this model really does: three times the products of the forward pass, without the gradient of the images.
     products = 16 * 4 * 4 * (3 * WIDTH + WIDTH * WIDTH + 2 * 3 * WIDTH)
     assert 0.9 * 2 * 3 * products < found.counted_flops < 2 * 2 * 3 * products
-    assert facts(make_mesh()).counted_flops == pytest.approx(found.counted_flops, rel=0.5)
+    assert facts(data=2, fsdp=4).counted_flops == pytest.approx(found.counted_flops, rel=0.5)
 
 
 def test_nothing_is_allocated():
@@ -64,7 +67,7 @@ def test_nothing_is_allocated():
 
 def test_print():
     lines = io.StringIO()
-    found = facts(make_mesh(data=1, fsdp=8))
+    found = facts(data=2, fsdp=4)
     print_overview(found, "seed: 0\nmodel:\n  name: '[tiny]'", Console(file=lines, width=120))
     text = lines.getvalue()
     for part in [
@@ -72,7 +75,7 @@ def test_print():
         "body/kernel",
         "64 x 64",
         f"{COUNT:,} parameters in 8 tensors",
-        "data=1, fsdp=8, tensor=1 (8 x cpu)",
+        "data=2, fsdp=4, tensor=1 (8 x cpu)",
         "image uint8 [16, 4, 4, 3]",
         "0.01 GMACs forward per example",
         "Memory of a step on each device",
