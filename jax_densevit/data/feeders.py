@@ -16,6 +16,8 @@ from jax_densevit.data.crops import resample
 if TYPE_CHECKING:
     from jax_densevit.data.pipeline import Reader
 
+CALL_SIZE = 8  # most examples that one call of tf.data into Python reads
+
 
 def threads_feed(reader: "Reader", threads: int, start_step: int):
     """Batches by a pool of threads, in order; a few batches are read ahead."""
@@ -45,25 +47,28 @@ def tensorflow_feed(reader: "Reader", threads: int, start_step: int):
     types = {"image": tf.uint8, "labels": tf.uint8, "instances": tf.uint16, "box": tf.float32}
     height, width = reader.crop.crop if reader.crop else reader.first_size
     shapes = {"image": (None, None, 3) if resizes else (height, width, 3), "size": (2,), "box": (4,), "index": ()}
+    # A call into Python costs a tenth of a small image's decoding: several examples share one where sizes are equal.
+    at_once = 1 if resizes else max(k for k in range(1, CALL_SIZE + 1) if reader.local_batch % k == 0)
 
-    def read(place):
-        example = reader(int(place))
-        return [example[name] for name in names]
+    def read(group):
+        examples = [reader(int(group) * at_once + i) for i in range(at_once)]
+        return [np.stack([example[name] for example in examples]) for name in names]
 
-    def load(place):
-        tensors = tf.numpy_function(read, [place], [types.get(name, tf.int32) for name in names], stateful=False)
-        example = dict(zip(names, tensors, strict=True))
-        for name, tensor in example.items():
-            tensor.set_shape(shapes.get(name, (height, width)))
+    def load(group):
+        tensors = tf.numpy_function(read, [group], [types.get(name, tf.int32) for name in names], stateful=False)
+        examples = dict(zip(names, tensors, strict=True))
+        for name, tensor in examples.items():
+            tensor.set_shape((at_once, *shapes.get(name, (height, width))))
         if resizes:
-            example["image"] = resample(
-                example["image"], example.pop("box"), example["size"], reader.crop.crop, reader.crop.fill
-            )
-        return example
+            image, box, size = (examples[name][0] for name in ("image", "box", "size"))
+            examples["image"] = resample(image, box, size, reader.crop.crop, reader.crop.fill)[None]
+            del examples["box"]
+        return examples
 
-    dataset = tf.data.Dataset.range(start_step * reader.local_batch, np.iinfo(np.int64).max)
+    groups = reader.local_batch // at_once  # in a batch
+    dataset = tf.data.Dataset.range(start_step * groups, np.iinfo(np.int64).max)
     dataset = dataset.map(load, num_parallel_calls=threads, deterministic=True)
-    dataset = dataset.batch(reader.local_batch, drop_remainder=True).prefetch(2)
+    dataset = dataset.batch(groups, drop_remainder=True).prefetch(2)
     options = tf.data.Options()
     options.autotune.enabled = False
     options.deterministic = True
@@ -73,7 +78,8 @@ def tensorflow_feed(reader: "Reader", threads: int, start_step: int):
 
     def batches():
         while held:
-            yield {name: tensor.numpy() for name, tensor in next(held[0]).items()}
+            grouped = {name: tensor.numpy() for name, tensor in next(held[0]).items()}
+            yield {name: x.reshape(reader.local_batch, *x.shape[2:]) for name, x in grouped.items()}
 
     return batches(), held.clear
 
