@@ -34,7 +34,8 @@ class TinyNet(nn.Module):
 
     @nn.compact
     def __call__(self, images, train=False):
-        x = nn.Dense(self.width, name="stem")(images)
+        # No bias before batch norm: its gradient would be rounding noise, which Adam blows up to whole steps.
+        x = nn.Dense(self.width, use_bias=False, name="stem")(images)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
         x = nn.Dropout(0.1, deterministic=not train)(nn.relu(x))
         return DenseOutput(nn.Dense(2, name="head")(x), covers=images.shape[1:3])
