@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jax_densevit.errors import UserError
+
 
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last (Ioffe & Szegedy 2015), with PyTorch's running variance.
@@ -22,7 +24,11 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalises `x` `[..., C]` (any floating-point type, kept), by batch statistics when `train`."""
+        """Normalises `x` `[..., C]` (any floating-point type, kept), by batch statistics when `train`.
+
+        Raises:
+          UserError: `train` with one value per channel only.
+        """
         channels = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
@@ -36,7 +42,10 @@ class BatchNorm(nn.Module):
             var = jnp.square(wide - mean).mean(axes)
             count = x.size // x.shape[-1]
             if count < 2:
-                raise ValueError(f"batch normalisation in training needs two values per channel, not {x.shape}")
+                raise UserError(
+                    f"Batch normalisation cannot learn from one value per channel (a map of {x.shape}); "
+                    "take a larger batch or larger crops."
+                )
             if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
                 running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
                 unbiased = var * (count / (count - 1))

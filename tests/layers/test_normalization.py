@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_densevit.errors import UserError
 from jax_densevit.layers.normalization import BatchNorm
 
 
@@ -68,5 +69,5 @@ def test_half_precision_keeps_statistics_in_float32():
 
 
 def test_one_value_per_channel_is_refused():
-    with pytest.raises(ValueError, match="two values"):
+    with pytest.raises(UserError, match="one value per channel"):
         BatchNorm().init(jax.random.key(0), jnp.ones((1, 4)), train=True)
