@@ -44,14 +44,15 @@ def attend(
 
 
 def _attend_xla(q, k, v, bias, mask):
-    q = q * q.shape[-1] ** -0.5
-    logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+    # Heads next to the batch first: XLA's CPU products over a head axis in the middle take half as long again.
+    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    logits = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bshd->bthd", weights, v)
+    return jnp.einsum("bhts,bhsd->bhtd", weights, v).swapaxes(1, 2)
 
 
 def _attend_cudnn(q, k, v, bias, mask):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_densevit.errors import UserError, check_name
+from jax_densevit.layers.activation import gelu_exact
 from jax_densevit.layers.attention import SelfAttention, attention_macs
 
 # What the backward pass finds in memory, and what it computes again.
@@ -28,7 +29,7 @@ GELUS = ("erf", "tanh")
 def gelu(x: jax.Array, flavor: str = "erf") -> jax.Array:
     """GELU (Hendrycks & Gimpel 2016): "erf" is exact (timm, DeiT, SETR), "tanh" the approximation (Google's ViTs)."""
     check_name("GELU flavour", flavor, GELUS)
-    return jax.nn.gelu(x, approximate=flavor == "tanh")
+    return gelu_exact(x) if flavor == "erf" else jax.nn.gelu(x, approximate=True)
 
 
 def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array) -> jax.Array:
