@@ -86,7 +86,9 @@ def tensorflow_feed(reader: "Reader", threads: int, start_step: int):
 
 def _tensorflow() -> Any:
     """TensorFlow, imported when it is first needed and kept away from the accelerators."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no lines about CPU features on a newcomer's screen
+    # No lines about CPU features on a newcomer's screen (nothing here gains from oneDNN).
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
 
     try:

@@ -311,3 +311,12 @@ class TestBadFiles:
                 read(path)
             except UserError as error:
                 assert "fuzz: " in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.reference
+def test_real_photos(reference_data):
+    """Every file of the real sets can be read, and its header tells the size of what is read."""
+    files = [p for p in sorted(reference_data.glob("data/*/**/*")) if p.suffix in (".png", ".jpg")][::3]
+    assert len(files) > 300
+    for path in files:
+        assert read_image(path).shape[:2] == image_size(path) == read_labels(path).shape[:2], path
