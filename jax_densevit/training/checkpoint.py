@@ -33,6 +33,13 @@ BARRIER_SECONDS = 600  # how long processes wait for each other before they give
 _ITEMS = ("params", "statistics", "ema", "optimizer")
 
 
+def local_folder(workdir: str | Path) -> Path:
+    """The absolute path of a workdir; :class:`UserError` for a bucket's address, which would become a local folder."""
+    if "://" in str(workdir):
+        raise UserError(f"workdir {workdir} is no local path; mount the bucket (gcsfuse) and name the mount point.")
+    return Path(workdir).absolute()
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -48,11 +55,9 @@ class Checkpoints:
     def __init__(
         self, workdir: str | Path, *, keep: int = 2, best: str = "", strict: bool = False, read_only: bool = False
     ):
-        if "://" in str(workdir):
-            raise UserError(f"workdir {workdir} is no local path; mount the bucket (gcsfuse) and name the mount point.")
         if keep < 1:
             raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must stay.")
-        self.workdir = Path(workdir).absolute()
+        self.workdir = local_folder(workdir)
         self.folder = self.workdir / "checkpoints"
         self.keep, self.strict, self.read_only = keep, strict, read_only
         self.score_name, self._sign = best.removeprefix("-"), -1.0 if best.startswith("-") else 1.0

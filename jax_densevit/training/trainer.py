@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jax_densevit.errors import UserError
-from jax_densevit.training.checkpoint import Checkpoints
+from jax_densevit.training.checkpoint import Checkpoints, local_folder
 from jax_densevit.training.evaluation import evaluate, save_evaluation
 from jax_densevit.training.hardware import peak_flops
 from jax_densevit.training.initial import take_over
@@ -53,7 +53,7 @@ def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: 
     Raises:
       UserError: a workdir that cannot be used, damaged checkpoints, a loss that is not finite, a full disk, bad data.
     """
-    workdir, config, main = Path(workdir).absolute(), experiment.config, jax.process_index() == 0
+    workdir, config, main = local_folder(workdir), experiment.config, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         if main:
             stack.enter_context(WorkdirLock(workdir))
