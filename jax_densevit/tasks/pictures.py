@@ -83,6 +83,9 @@ def sheet(examples: Sequence[dict[str, Any]], info: DataInfo) -> Image.Image:
 def overlay(image: np.ndarray, labels: np.ndarray, info: DataInfo) -> Image.Image:
     """The image tinted with the classes' colours (not the background), borders drawn, a legend with shares below."""
     labels = np.asarray(labels, np.int64)
+    if max(labels.shape) <= _TINY:
+        factor = 2 * _TINY // max(labels.shape)
+        image, labels = (array.repeat(factor, 0).repeat(factor, 1) for array in (image, labels))
     strength = np.where((labels == 0) & _has_background(info), 0, 0.5)[..., None]
     mixed = (1 - strength) * image + strength * paint(labels, info)
     edge = np.zeros(labels.shape, bool)
