@@ -13,7 +13,7 @@ from jax_densevit.models.setr import MlaNeck, published_taps
 
 TINY = {
     "hidden_size": 8,
-    "num_layers": 4,
+    "num_layers": 2,
     "num_heads": 2,
     "mlp_size": 12,
     "patch_size": 16,
@@ -23,6 +23,19 @@ TINY = {
 }
 # 40 x 56 pixels: rectangular and no multiple of 16; the model covers 48 x 64.
 X = np.random.default_rng(0).normal(size=(2, 40, 56, 3)).astype(np.float32)
+
+
+def draw(model):
+    """Variables of a model: its shapes, filled by NumPy (drawing with JAX costs a compile per model)."""
+    rng = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        near = float(path[-1].key in ("scale", "var"))
+        return (near + (0.1 if near else 0.3) * rng.uniform(-1, 1, leaf.shape)).astype(leaf.dtype)
+
+    shapes = jax.eval_shape(model.init, {"params": jax.random.key(0)}, X)
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
 
 # Parameters of the original modules in training at 512 x 512 and 150 classes (ADE20K), 768 x 768 and 19 (Cityscapes),
 # 480 x 480 and 60 (Pascal Context); the first column's six are the published table.
@@ -77,10 +90,8 @@ def test_mmseg_counts(decoder):
 )
 def test_macs_of_the_heads(decoder, side, classes, gmacs):
     macs = find_model(f"setr_{decoder}").macs(create_model(f"setr_{decoder}", num_classes=classes), (side, side))
-    assert (
-        round((macs - find_model("vit").macs(create_model("vit", "L/16", num_classes=0), (side, side))) / 1e9, 1)
-        == gmacs
-    )
+    backbone = find_model("vit").macs(create_model("vit", "L/16", num_classes=0), (side, side))
+    assert round((macs - backbone) / 1e9, 1) == gmacs
 
 
 @pytest.mark.parametrize("decoder,flavor", [("pup", "official"), ("mla", "official"), ("mla", "mmseg")])
@@ -111,10 +122,10 @@ def test_published_taps():
 
 # Shapes of logits and auxiliary logits over the 3 x 4 grid of X, as multiples of that grid.
 SCALES = {
-    ("naive", "official"): (1, [1, 1, 1]),
-    ("naive", "mmseg"): (4, [4, 4, 4]),
-    ("pup", "official"): (8, [4, 4, 4, 4]),
-    ("pup", "mmseg"): (8, [4, 4, 4]),
+    ("naive", "official"): (1, [1, 1]),
+    ("naive", "mmseg"): (4, [4, 4]),
+    ("pup", "official"): (8, [4, 4]),
+    ("pup", "mmseg"): (8, [4]),
     ("mla", "official"): (4, [1, 1, 1, 1]),
     ("mla", "mmseg"): (4, [1, 1, 1, 1]),
 }
@@ -130,7 +141,7 @@ def is_cancelled(names):
 def test_training_and_evaluation(decoder, flavor):
     """Shapes, statistics, a gradient for every parameter, and the scanned, rematerialised form equal to the plain."""
     model = create_model(f"setr_{decoder}", flavor=flavor, drop_path=0.2, **TINY)
-    variables = jax.jit(model.init)({"params": jax.random.key(0)}, X)
+    variables = draw(model)
 
     def step(params, model):
         def loss(params):
@@ -159,8 +170,10 @@ def test_training_and_evaluation(decoder, flavor):
         assert np.all(np.isfinite(leaf))
         assert np.abs(leaf).max() > 1e-3 or is_cancelled(names), names
 
-    evaluated = jax.jit(model.apply)(variables, X)
+    evaluated = jax.eval_shape(model.apply, variables, X)
     assert evaluated.auxiliary == () and evaluated.logits.shape == output.logits.shape
+    if (decoder, flavor) not in (("pup", "official"), ("mla", "mmseg")):
+        return
 
     other = create_model(f"setr_{decoder}", flavor=flavor, drop_path=0.2, **TINY, scan=True, remat="full")
     stacked = stack_blocks(variables["params"], other.head_taps)
@@ -171,7 +184,7 @@ def test_training_and_evaluation(decoder, flavor):
     np.testing.assert_allclose(other_total, total, rtol=1e-5)
     for pair in ((other_statistics, statistics), (unstack_blocks(other_gradient), gradient)):
         for got, want in zip(*map(jax.tree.leaves, pair), strict=True):
-            np.testing.assert_allclose(got, want, atol=2e-4)
+            np.testing.assert_allclose(got, want, atol=2e-5 * max(1, np.abs(want).max()))
 
 
 @pytest.mark.parametrize("decoder", ["naive", "pup", "mla"])
@@ -234,7 +247,7 @@ def test_mla_neck_sums_from_deep_to_shallow():
 
 def test_bfloat16_is_finite():
     model = create_model("setr_mla", **TINY, dtype="bfloat16")
-    variables = jax.jit(model.init)({"params": jax.random.key(0)}, X)
+    variables = draw(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
     def loss(params):
@@ -248,7 +261,7 @@ def test_bfloat16_is_finite():
 
 def test_padding_is_zeros_at_the_bottom_and_the_right():
     model = create_model("setr_naive", **TINY)
-    variables = jax.jit(model.init)({"params": jax.random.key(0)}, X)
+    variables = draw(model)
     padded = np.pad(X, ((0, 0), (0, 8), (0, 8), (0, 0)))
     apply = jax.jit(model.apply)
     np.testing.assert_array_equal(apply(variables, X).logits, apply(variables, padded).logits)

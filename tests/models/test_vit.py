@@ -47,7 +47,8 @@ def test_macs_equal_xlas_count():
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     flops = jax.jit(model.apply).lower(variables, image).compile().cost_analysis()["flops"]
     macs = find_model("vit").macs(model, (64, 96))
-    assert 1.0 <= flops / (2 * macs) < 1.02
+    # The rest: softmax, norms, GELU and residuals.
+    assert 1.0 <= flops / (2 * macs) < 1.06
 
 
 def test_parameter_tree():
