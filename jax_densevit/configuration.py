@@ -61,7 +61,7 @@ def default_config() -> ConfigDict:
                 "warmup_steps": 0,
                 "min_learning_rate": 0.0,
                 "power": 0.9,  # of "poly"
-                "momentum": 0.9,  # of "sgd", "rmsprop_legacy"
+                "momentum": 0.9,  # of "sgd"; of "rmsprop_legacy" the decay of the mean square
                 "b1": 0.9,
                 "b2": 0.999,
                 "weight_decay": 0.0,  # matrices and kernels only: vectors are never decayed
