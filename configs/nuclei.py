@@ -1,0 +1,66 @@
+"""Nuclei in microscopy: gray fluorescence and stained tissue in one model, a small U-Net trained from scratch.
+
+Data:      180 gray and 40 colored pictures with hand-made masks of the 2018 Data Science Bowl (BBBC038, CC0) as
+           `<root>/{train,val,test}/{images,instances}`: instances in 8 or 16-bit PNG, 0 = none, 1..N nuclei.
+Command:   python -m jax_densevit.train --config=configs/nuclei.py --workdir=runs/nuclei \
+               --config.data.train.root=/data/nuclei
+Words:     quick (steps of a second, on digit scenes)
+Hardware:  a laptop: two CPU cores, 3 GB of memory
+Expected:  not known yet
+Run here:  only `quick`.
+"""
+
+from jax_densevit.configuration import ConfigDict, default_config, default_evaluator, words
+
+
+def get_config(arg=""):
+    """The config; the word `quick` shrinks it to steps of a second, on digit scenes."""
+    quick = "quick" in words(arg, "quick")
+    config = default_config()
+    nuclei = {"name": "instance_folder", "root": "data/nuclei", "classes": ("background", "nucleus")}
+    config.data.train = ConfigDict({**nuclei, "split": "train"})
+    config.model = ConfigDict({"name": "unet", "base": 12})
+    # Nuclei count more: where the model is in two minds, a pixel too many costs less IoU than one too few.
+    config.task = ConfigDict({"name": "segmentation", "denominator": "valid", "class_weights": (1.0, 1.5)})
+    # The stained pictures are few and of several magnifications: sizes vary by nearly three times, colors too.
+    config.data.resize_box = (320, 256)
+    config.data.resize_ratio = (0.6, 1.7)
+    config.data.crop = (128, 128)
+    config.data.flip = 0.5
+    config.data.rotate90 = True
+    config.data.photometric = True
+    # Sixteen, so that every batch has gray and stained pictures: batch norm learns the mean of both.
+    config.steps = 2000
+    config.batch_size = 16
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 1.0
+    config.ema = 0.99
+    for split in ("val", "test"):
+        evaluator = default_evaluator()
+        # One flag moves all three: --config.data.train.root=...
+        evaluator.data = ConfigDict({**nuclei, "root": config.data.train.get_ref("root"), "split": split})
+        evaluator.batch_size = 5
+        evaluator.decode = ConfigDict({"flip": True})
+        config.eval[split] = evaluator
+    config.eval.val.every = 250
+    config.checkpoint.every = 250
+    config.checkpoint.best = "val/mIoU"
+    if quick:
+        scenes = {"name": "digit_scenes", "size": (64, 80), "length": 16}
+        config.model.base = 4
+        config.task.class_weights = ()
+        config.batch_size = 8
+        config.data.train = ConfigDict({**scenes, "split": "train"})
+        config.data.resize_box = (80, 64)
+        config.data.crop = (32, 32)
+        config.steps = 2
+        config.optimizer.warmup_steps = 1
+        for split, evaluator in config.eval.items():
+            evaluator.data = ConfigDict({**scenes, "split": split, "length": 3})
+            evaluator.batch_size = 8
+            evaluator.every = 0
+        config.checkpoint.every = 2
+        config.log.every = 1
+    return config
