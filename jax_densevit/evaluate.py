@@ -96,23 +96,24 @@ def _print(console: Console, found: Evaluation, name: str, step: int) -> None:
     table.add_column("score")
     table.add_column("%", justify="right")
     for key, value in found.summary.items():
-        table.add_row(key, f"{100 * value:.2f}")
+        table.add_row(key, _cell(value))
     console.print(table)
-    for result in found.results.values():
-        rows = result.get("per_class")
-        if not rows:
-            continue
-        columns = list(rows[0])
+    rows: dict[str, dict[str, Any]] = {}
+    for result in found.results.values():  # one table of all that is known of a class
+        for row in result.get("per_class", ()):
+            rows.setdefault(row["class"], {}).update(row)
+    if rows:
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         table = Table()
         for column in columns:
             table.add_column(column.replace("_", " "), justify="left" if column == "class" else "right")
-        for row in rows:
-            table.add_row(*(_cell(row[column]) for column in columns))
+        for row in rows.values():
+            table.add_row(*(_cell(row.get(column)) for column in columns))
         console.print(table)
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None or value != value:
         return "-"
     return f"{100 * value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
