@@ -183,8 +183,10 @@ def test_training_and_evaluation(decoder, flavor):
     (other_total, (_, other_statistics)), other_gradient = jitted(stacked, other)
     np.testing.assert_allclose(other_total, total, rtol=1e-5)
     for pair in ((other_statistics, statistics), (unstack_blocks(other_gradient), gradient)):
+        # Rounding is relative to the largest terms of the sums, which cancel in the biases before a batch norm.
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(pair[1]))
         for got, want in zip(*map(jax.tree.leaves, pair), strict=True):
-            np.testing.assert_allclose(got, want, atol=2e-5 * max(1, np.abs(want).max()))
+            np.testing.assert_allclose(got, want, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("decoder", ["naive", "pup", "mla"])
