@@ -7,7 +7,6 @@ manifest was written: a folder with a number for a name is complete, whatever ha
 This is the only file that imports Orbax (the classic interface of 0.12).
 """
 
-import json
 import logging
 import re
 import shutil
@@ -16,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from jax_densevit.errors import UserError
-from jax_densevit.training.manifest import find_damage, sync_folder, write_manifest, write_text
-from jax_densevit.training.paths import named_leaves
+from jax_densevit.training.best import BestScores
+from jax_densevit.training.manifest import find_damage, sync_folder, write_manifest
+from jax_densevit.training.plain import from_plain, mismatches, to_plain
+from jax_densevit.training.processes import anywhere, from_process_0
 from jax_densevit.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class Checkpoints:
         self.workdir = local_folder(workdir)
         self.folder = self.workdir / "checkpoints"
         self.keep, self.strict, self.read_only = keep, strict, read_only
-        self.score_name, self._sign = best.removeprefix("-"), -1.0 if best.startswith("-") else 1.0
+        self.scores = BestScores(self.workdir, best)
         self._intact: set[int] = set()  # steps verified, or written, by this process
         self._finisher: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -92,7 +91,7 @@ class Checkpoints:
                 found = self._latest_intact()
             except UserError as error:
                 found, message = -2, str(error)
-        found = _from_process_0(found)
+        found = from_process_0(found)
         if found == -2:
             raise UserError(message or f"No intact checkpoint in {self.folder}: see the message of process 0.")
         return None if found < 0 else found
@@ -127,7 +126,7 @@ class Checkpoints:
         Raises:
           UserError: there is no intact checkpoint.
         """
-        best = self.best()
+        best = self.scores.latest()
         if best is not None and best["step"] in self.steps():
             damage = self._damage(best["step"])
             if damage is None:
@@ -159,44 +158,6 @@ class Checkpoints:
             self._intact.add(step)
         return damage
 
-    # --- the best ---
-
-    def best(self) -> dict[str, Any] | None:
-        """{"score": name, "value": float, "step": int} of the best step so far; None where none was recorded."""
-        history = self._best_history()
-        return history[-1] if history else None
-
-    def _best_history(self) -> list[dict[str, Any]]:
-        path = self.workdir / "best.json"
-        try:
-            history = json.loads(path.read_text(encoding="utf-8"))
-            return [entry for entry in history if isinstance(entry["step"], int) and isinstance(entry["value"], float)]
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s cannot be read (%s): the best step is not known.", path, type(error).__name__)
-            return []
-
-    def record_score(self, step: int, scores: dict[str, float]) -> bool:
-        """Notes the scores of an evaluation; True when `step` is the best so far (and is then kept)."""
-        if self.score_name not in scores:
-            return False
-        value = float(scores[self.score_name])
-        history = [entry for entry in self._best_history() if entry["score"] == self.score_name]
-        if np.isnan(value) or (history and self._sign * value <= self._sign * history[-1]["value"]):
-            return False
-        if jax.process_index() == 0:
-            entry = {"score": self.score_name, "value": value, "step": step}
-            write_text(self.workdir / "best.json", json.dumps([*history, entry], indent=1) + "\n")
-        return True
-
-    def forget_after(self, step: int) -> None:
-        """Drops records of best scores after `step`: training goes on from there and will make them again."""
-        history = self._best_history()
-        if jax.process_index() == 0 and any(entry["step"] > step for entry in history):
-            kept = [entry for entry in history if entry["step"] <= step]
-            write_text(self.workdir / "best.json", json.dumps(kept, indent=1) + "\n")
-
     # --- saving ---
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -213,7 +174,7 @@ class Checkpoints:
         self.wait()
         self._saving = step
         target = self.folder / f"{step}.unverified"
-        items = {name: _plain(tree) for name in _ITEMS if named_leaves(tree := getattr(state, name))}
+        items = {name: to_plain(getattr(state, name)) for name in _ITEMS}
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
         arguments |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
         try:
@@ -293,7 +254,7 @@ class Checkpoints:
             self._abandon()
 
     def _remove_old(self) -> None:
-        best = self.best()
+        best = self.scores.latest()
         keep = {*self.steps()[-self.keep :], *([best["step"]] if best else [])}
         for step in self.steps():
             if step not in keep:
@@ -362,13 +323,13 @@ class Checkpoints:
         """
         self._verify_together(step)
         trees = {name: getattr(abstract, name) for name in _ITEMS}
-        wanted = {name: tree for name in _ITEMS if (tree := _plain(trees[name]))}
+        wanted = {name: tree for name in _ITEMS if (tree := to_plain(trees[name]))}
         self._compare(step, wanted)
         with jax.transfer_guard("allow"):
             arguments = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
             restored = _read(self.folder / str(step), ocp.args.Composite(**arguments))
             count = jax.device_put(np.int32(step), abstract.step.sharding)
-            parts = {name: _like(trees[name], restored.get(name) or {}) for name in _ITEMS}
+            parts = {name: from_plain(restored.get(name) or {}, trees[name]) for name in _ITEMS}
             return TrainState(step=count, **parts)
 
     def read_data(self, step: int) -> dict[str, Any]:
@@ -419,32 +380,23 @@ class Checkpoints:
         return variables
 
     def _verify_together(self, step: int) -> None:
-        failed, message = 0, ""
+        message = ""
         try:
             if jax.process_index() == 0:
                 self.verify(step)
             elif step not in self.steps():
                 raise UserError(f"This process does not see {self.folder / str(step)}: workdir must be shared.")
         except UserError as error:
-            failed, message = 1, str(error)
-        if jax.process_count() > 1:
-            with jax.transfer_guard("allow"):
-                failed = int(np.sum(multihost_utils.process_allgather(np.int32(failed))))
-        if failed:
+            message = str(error)
+        if anywhere(bool(message)):
             raise UserError(message or f"The checkpoint of step {step} cannot be used: see the message of process 0.")
 
     def _compare(self, step: int, wanted: dict[str, Any]) -> None:
         """Orbax casts dtypes without a word and describes the first difference only; we list them."""
         folder, problems = self.folder / str(step), []
         for name in _ITEMS:
-            stored = named_leaves(_metadata(folder / name)) if (folder / name).is_dir() else {}
-            asked = named_leaves(wanted.get(name, {}))
-            problems += [f"{name}/{path} is not in the checkpoint" for path in asked if path not in stored]
-            problems += [f"{name}/{path} is only in the checkpoint" for path in stored if path not in asked]
-            for path in asked.keys() & stored.keys():
-                there, here = _describe(stored[path]), _describe(asked[path])
-                if there != here:
-                    problems.append(f"{name}/{path} is {there} in the checkpoint and {here} in the config's model")
+            stored = _metadata(folder / name) if (folder / name).is_dir() else {}
+            problems += mismatches(name, stored, wanted.get(name, {}))
         if problems:
             problems.sort()
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -469,13 +421,6 @@ class Checkpoints:
             ) from error
 
 
-def _from_process_0(value: int) -> int:
-    if jax.process_count() == 1:
-        return value
-    with jax.transfer_guard("allow"):
-        return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
 def _read(folder: Path, arguments: ocp.args.Composite) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(epath.Path(folder), args=arguments)
@@ -484,38 +429,3 @@ def _read(folder: Path, arguments: ocp.args.Composite) -> Any:
 def _metadata(folder: Path) -> Any:
     """A nested dict like the stored one, with leaves that have `shape` and `dtype`."""
     return ocp.StandardCheckpointHandler().metadata(epath.Path(folder)).tree
-
-
-def _describe(leaf: Any) -> str:
-    return f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-
-
-def _plain(tree: Any) -> dict[str, Any]:
-    """Any pytree as nested dicts by the names of its path (`{"0": {"mu": {...}}}`), which every library can read.
-
-    Arrays without elements, which Orbax refuses, are left out; :func:`_like` makes them again.
-    """
-    result: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if 0 in leaf.shape:
-            continue
-        *parents, last = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        place = result
-        for key in parents:
-            place = place.setdefault(key, {})
-        place[last] = leaf
-    return result
-
-
-def _like(tree: Any, plain: dict[str, Any]) -> Any:
-    """The inverse of :func:`_plain`: the structure of `tree` with the leaves of `plain`."""
-
-    def leaf(path, abstract):
-        if 0 in abstract.shape:
-            return jax.device_put(np.zeros(abstract.shape, abstract.dtype), abstract.sharding)
-        place = plain
-        for key in path:
-            place = place[jax.tree_util.keystr((key,), simple=True)]
-        return place
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)

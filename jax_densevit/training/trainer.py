@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jax_densevit.errors import UserError
 from jax_densevit.training.checkpoint import Checkpoints, local_folder
@@ -31,6 +29,7 @@ from jax_densevit.training.meter import Meter
 from jax_densevit.training.optimizer import trainable_parameters
 from jax_densevit.training.preemption import STOPPED, StopRequest
 from jax_densevit.training.prefetch import Feed
+from jax_densevit.training.processes import check_agreement
 from jax_densevit.training.state import TrainState, abstract_parameters, abstract_state, init_state, state_shardings
 from jax_densevit.training.step import Step, make_train_step
 
@@ -63,7 +62,7 @@ def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: 
 
         # Where to start: the newest intact checkpoint; whatever the log says about later steps is cut.
         meta = json.loads(json.dumps(experiment.meta()))
-        _agree(meta)
+        check_agreement(meta)
         found = checkpoints.latest_intact()
         start = found or 0
         _check_start(start, experiment.steps, workdir)
@@ -74,7 +73,7 @@ def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: 
         stack.callback(log.close)
         if found is not None:
             checkpoints.set_aside_after(start)
-        checkpoints.forget_after(start)
+        checkpoints.scores.forget_after(start)
         checkpoints.barrier("log_cut")
         waiting = _due(experiment, start, log.evaluated(start)) if start else []
         if start == experiment.steps and not waiting:
@@ -307,12 +306,12 @@ class _Run:
                 facts = {"data": evaluator.source.info.name, "versions": self.meta.get("versions", {})}
                 save_evaluation(evaluation, evaluator.task, self.workdir, evaluator.name, step, facts)
             scores = {f"{evaluator.name}/{name}": float(value) for name, value in evaluation.summary.items()}
-            best = self.checkpoints.record_score(step, scores)
+            best = self.checkpoints.scores.record(step, scores)
             self.log.evaluation(
                 step, evaluator.name, evaluation.summary, evaluation.count, round(time.perf_counter() - clock, 3)
             )
             if best:
-                self.log.say(f"step {step} is the best so far by {self.checkpoints.score_name}")
+                self.log.say(f"step {step} is the best so far by {self.checkpoints.scores.score}")
                 self.save(state, step)
         self.meter.restart_clock(step)
         return True
@@ -396,18 +395,3 @@ def _differences(before: Any, now: Any, path: str = "config") -> list[str]:
             lines += _differences(before.get(key), now.get(key), f"{path}.{key}")
         return lines
     return [] if before == now else [f"{path}: {before} -> {now}"]
-
-
-def _agree(meta: dict[str, Any]) -> None:
-    """Raises on every process if two were started with different configs, data or versions."""
-    if jax.process_count() == 1:
-        return
-    parts = sorted(meta)
-    own = np.array([zlib.crc32(json.dumps(meta[part], sort_keys=True).encode()) for part in parts], np.uint32)
-    everyone = np.asarray(multihost_utils.process_allgather(own))
-    different = [part for part, column in zip(parts, everyone.T, strict=True) if len(set(column.tolist())) > 1]
-    if different:
-        raise UserError(
-            f"The processes do not agree about {', '.join(different)}: start all of them with the same config, data "
-            "and versions."
-        )

@@ -192,16 +192,16 @@ def test_nothing_there(tmp_path):
 def test_keeps_the_latest_and_the_best(tmp_path):
     with Checkpoints(tmp_path, keep=2, best="val/mIoU") as checkpoints:
         for step, score in [(1, 0.1), (2, 0.7), (3, 0.5), (4, 0.6), (5, float("nan"))]:
-            assert checkpoints.record_score(step, {"val/mIoU": score, "val/other": 9.0}) == (step < 3)
+            assert checkpoints.scores.record(step, {"val/mIoU": score, "val/other": 9.0}) == (step < 3)
             save(checkpoints, step)
         assert checkpoints.steps() == [2, 4, 5]
     again = Checkpoints(tmp_path, keep=2, best="val/mIoU")
-    assert again.best() == {"score": "val/mIoU", "value": 0.7, "step": 2} and again.preferred_step() == 2
-    assert not again.record_score(6, {"val/mIoU": 0.65})
-    again.forget_after(1)
-    assert again.best()["value"] == 0.1
+    assert again.scores.latest() == {"score": "val/mIoU", "value": 0.7, "step": 2} and again.preferred_step() == 2
+    assert not again.scores.record(6, {"val/mIoU": 0.65})
+    again.scores.forget_after(1)
+    assert again.scores.latest()["value"] == 0.1
     with Checkpoints(tmp_path / "loss", keep=1, best="-val/loss") as smaller:
-        assert [smaller.record_score(s, {"val/loss": v}) for s, v in [(1, 2.0), (2, 3.0), (3, 1.0)]] == [
+        assert [smaller.scores.record(s, {"val/loss": v}) for s, v in [(1, 2.0), (2, 3.0), (3, 1.0)]] == [
             True,
             False,
             True,
@@ -283,7 +283,7 @@ def test_workdir_that_cannot_be_written(tmp_path):
 def test_unreadable_best_file_is_a_warning(tmp_path, caplog):
     (tmp_path / "best.json").write_text("{")
     with Checkpoints(tmp_path, best="val/mIoU") as checkpoints, caplog.at_level(logging.WARNING):
-        assert checkpoints.best() is None
+        assert checkpoints.scores.latest() is None
         assert "best.json" in caplog.text
-        checkpoints.record_score(1, {"val/mIoU": 0.5})
+        checkpoints.scores.record(1, {"val/mIoU": 0.5})
     assert json.loads((tmp_path / "best.json").read_text())[-1]["step"] == 1

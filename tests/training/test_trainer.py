@@ -61,7 +61,7 @@ def test_a_run_leaves_everything(finished, capsys):
     assert json.loads((finished / "eval/val-12.json").read_text())["summary"]["mIoU"] == log[-2]["mIoU"]
     checkpoints = Checkpoints(finished, read_only=True, best="val/mIoU")
     best = max((line for line in log if line.get("evaluator") == "val"), key=lambda line: line["mIoU"])
-    assert checkpoints.best() == {"score": "val/mIoU", "value": best["mIoU"], "step": best["step"]}
+    assert checkpoints.scores.latest() == {"score": "val/mIoU", "value": best["mIoU"], "step": best["step"]}
     assert checkpoints.preferred_step() == best["step"]
     assert {8, 12} <= set(checkpoints.steps()) <= {6, 8, 12}
     assert json.loads((finished / "config.json").read_text())["batch_size"] == 8
