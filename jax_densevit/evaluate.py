@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -93,8 +94,8 @@ def _evaluators(
 
 def _print(console: Console, found: Evaluation, name: str, step: int) -> None:
     table = Table(title=f"{name}, step {step}, {found.count} examples")
-    table.add_column("score")
-    table.add_column("%", justify="right")
+    table.add_column("score", overflow="fold")
+    table.add_column("%", justify="right", overflow="fold")
     for key, value in found.summary.items():
         table.add_row(key, _cell(value))
     console.print(table)
@@ -104,9 +105,10 @@ def _print(console: Console, found: Evaluation, name: str, step: int) -> None:
             rows.setdefault(row["class"], {}).update(row)
     if rows:
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        table = Table()
-        for column in columns:
-            table.add_column(column.replace("_", " "), justify="left" if column == "class" else "right")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+        for column in columns:  # on a narrow screen words go on in the next line, nothing is cut
+            justify = "left" if column == "class" else "right"
+            table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
         for row in rows.values():
             table.add_row(*(_cell(row.get(column)) for column in columns))
         console.print(table)
