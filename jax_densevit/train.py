@@ -25,7 +25,8 @@ from jax_densevit.console import run_command
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import Experiment, build
 from jax_densevit.training.overview import overview, print_overview
-from jax_densevit.training.trainer import prepare, train
+from jax_densevit.training.parts import prepare
+from jax_densevit.training.trainer import train
 
 
 def main(argv: Sequence[str]) -> int:

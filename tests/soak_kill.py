@@ -77,8 +77,8 @@ def differences(first: Path, second: Path, options: dict) -> list[str]:
     from tiny_experiment import tiny_experiment
 
     from jax_densevit.training.checkpoint import Checkpoints
+    from jax_densevit.training.parts import prepare
     from jax_densevit.training.paths import named_leaves
-    from jax_densevit.training.trainer import prepare
 
     experiment = tiny_experiment(**options)
     stream = experiment.train_stream(0)

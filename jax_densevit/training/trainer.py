@@ -4,11 +4,10 @@ It knows an experiment by its attributes (see `jax_densevit.experiment.Experimen
 """
 
 import contextlib
-import dataclasses
+import datetime
 import json
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,13 @@ from jax_densevit.training.initial import take_over
 from jax_densevit.training.lock import WorkdirLock
 from jax_densevit.training.logging import RunLog
 from jax_densevit.training.manifest import write_text
-from jax_densevit.training.mesh import batch_sharding, replicated
+from jax_densevit.training.mesh import replicated
 from jax_densevit.training.meter import Meter
-from jax_densevit.training.optimizer import trainable_parameters
+from jax_densevit.training.parts import prepare
 from jax_densevit.training.preemption import STOPPED, StopRequest
 from jax_densevit.training.prefetch import Feed
 from jax_densevit.training.processes import check_agreement
-from jax_densevit.training.state import TrainState, abstract_parameters, abstract_state, init_state, state_shardings
-from jax_densevit.training.step import Step, make_train_step
+from jax_densevit.training.state import TrainState
 
 DONE = 0
 PROFILED_STEPS = 5
@@ -114,67 +112,6 @@ def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: 
         if code == STOPPED:
             log.say("Stopped; the state is saved: run the same command again to go on.")
         return code
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What is compiled, and what the state looks like.
-
-    Attributes:
-      abstract, shardings: shapes and places of the state.
-      step: the training step.
-      fresh: makes the state of step 0.
-    """
-
-    abstract: TrainState
-    shardings: TrainState
-    step: Step
-    fresh: Callable[[], TrainState]
-
-    @property
-    def target(self) -> TrainState:
-        """Shapes with shardings, for a typed restore."""
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            self.abstract,
-            self.shardings,
-        )
-
-
-def prepare(experiment: Any, batch: dict[str, Any]) -> Parts:
-    """Optimizer, state shapes, shardings and step of an experiment for global batches like `batch` (or its shapes)."""
-    config, model, task, mesh = experiment.config, experiment.model, experiment.task, experiment.mesh
-    shapes = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=batch_sharding(mesh))
-        for name, value in batch.items()
-    }
-    if experiment.augment is not None:
-        shapes_in = jax.eval_shape(experiment.augment, shapes)
-    else:
-        shapes_in = shapes
-    params = abstract_parameters(model, task, shapes_in)
-    optimizer, schedule = experiment.make_optimizer(params)
-    abstract = abstract_state(model, task, optimizer, shapes_in, ema=bool(config.ema))
-    rules = tuple((pattern, tuple(axes)) for pattern, axes in config.sharding_rules)
-    shardings = state_shardings(abstract, mesh, rules)
-    step = make_train_step(
-        model,
-        task,
-        optimizer,
-        schedule,
-        mesh=mesh,
-        shardings=shardings,
-        augment=experiment.augment,
-        accumulate=config.accumulate,
-        ema=config.ema,
-        seed=config.seed,
-        trainable=trainable_parameters(config.optimizer.multipliers, params),
-    )
-
-    def fresh() -> TrainState:
-        return init_state(model, task, optimizer, shapes_in, shardings, seed=config.seed, ema=bool(config.ema))
-
-    return Parts(abstract, shardings, step, fresh)
 
 
 class _Stopped(Exception):
@@ -303,8 +240,9 @@ class _Run:
                 self.save(state, step)
                 return False
             if main:
-                facts = {"data": evaluator.source.info.name, "versions": self.meta.get("versions", {})}
-                save_evaluation(evaluation, evaluator.task, self.workdir, evaluator.name, step, facts)
+                save_evaluation(
+                    evaluation, evaluator.task, self.workdir, evaluator.name, step, self._facts(evaluator, state)
+                )
             scores = {f"{evaluator.name}/{name}": float(value) for name, value in evaluation.summary.items()}
             best = self.checkpoints.scores.record(step, scores)
             self.log.evaluation(
@@ -315,6 +253,18 @@ class _Run:
                 self.save(state, step)
         self.meter.restart_clock(step)
         return True
+
+    def _facts(self, evaluator: Any, state: TrainState) -> dict[str, Any]:
+        """What an evaluation's file says besides the scores."""
+        options = self.meta["config"].get("eval", {}).get(evaluator.name, {})
+        devices = self.experiment.mesh.devices
+        return {
+            "data": options.get("data", {"name": evaluator.source.info.name}),
+            "weights": "params" if state.ema is None else "ema",
+            "versions": self.meta.get("versions", {}),
+            "device": f"{devices.size} x {devices.flat[0].device_kind}",
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
 
     def _not_finite(self, step: int, indices: Any, numbers: dict[str, float]) -> UserError:
         names = []
