@@ -31,6 +31,7 @@ from jax_densevit.console import progress_bar, run_command
 from jax_densevit.errors import UserError
 from jax_densevit.models.registry import find_model
 from jax_densevit.timing import Contender, Job, build_model, parse_job, time_in_turn
+from jax_densevit.training.allocator import keep_freed_memory
 from jax_densevit.training.hardware import peak_flops
 
 
@@ -199,6 +200,8 @@ def main(argv: Sequence[str]) -> None:
     if arguments.batch < 1 or arguments.rounds < 1:
         raise UserError("--batch and --rounds must be at least 1.")
     jobs = [parse_job(text) for text in arguments.models]
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()  # for ours and the peers alike
     peers = None
     if arguments.peers:
         from jax_densevit import benchmark_peers as peers  # PyTorch and its friends are an extra
