@@ -243,6 +243,10 @@ def load(
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.preferred_step() if step is None else step
     meta = checkpoints.read_meta(step)
+    if missing := [name for name in ("config", "info", "model_options") if name not in meta]:
+        raise UserError(
+            f"The checkpoint of step {step} in {workdir} does not say its {missing[0]}: not written by train."
+        )
     config = config_from_json(meta["config"])
     info = DataInfo.from_json(meta["info"])
     task = _task(config, info, decode)

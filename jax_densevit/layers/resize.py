@@ -71,7 +71,7 @@ def _resize_axis(x: jax.Array, axis: int, length: int, align_corners: bool) -> j
         return _enlarge_axis(x, axis, length // given)
     # A dense matrix of two entries per row: on matrix units it costs little, and its transpose (the gradient) is the
     # same kind of product, where the gradient of a gather would be a slow scatter in no fixed order of summation.
-    weights = jnp.asarray(_interpolation_matrix(given, length, align_corners), x.dtype)
+    weights = jnp.asarray(interpolation_matrix(given, length, align_corners), x.dtype)
     y = jnp.tensordot(weights, x, axes=((1,), (axis,)), precision=jax.lax.Precision.HIGHEST)
     return jnp.moveaxis(y, 0, axis)
 
@@ -92,7 +92,7 @@ def _enlarge_axis(x: jax.Array, axis: int, factor: int) -> jax.Array:
     return y.reshape(*x.shape[:axis], given * factor, *x.shape[axis + 1 :])
 
 
-def _interpolation_matrix(given: int, length: int, align_corners: bool) -> np.ndarray:
+def interpolation_matrix(given: int, length: int, align_corners: bool) -> np.ndarray:
     """`[length, given]` float64 weights of the samples; every row sums to one."""
     if align_corners:
         position = np.arange(length) * ((given - 1) / (length - 1) if length > 1 else 0.0)

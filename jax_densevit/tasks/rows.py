@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_densevit.layers.resize import _interpolation_matrix as interpolation_matrix
-from jax_densevit.layers.resize import resize_bilinear
+from jax_densevit.layers.resize import interpolation_matrix, resize_bilinear
 from jax_densevit.tasks.rooms import Samples, sample_axis
 
 # One block of one example, in bytes of float32 logits.

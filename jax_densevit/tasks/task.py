@@ -44,11 +44,13 @@ class Task(Protocol):
         """Named loss terms of one (micro)batch from the model's output in training mode. Runs inside `jit`."""
         ...
 
-    def decode(self, forward: Callable[..., Any], batch: Batch) -> Batch:
+    def decode(self, forward: Callable[..., Any], batch: Batch, *, full: bool = False) -> Batch:
         """Predictions for a batch of equal-sized images, keyed by name, e.g. `{"labels": int32 [B, H, W]}`.
 
         `forward(*inputs)` is the jitted model in evaluation mode, parameters bound. `decode` itself is plain Python
-        that calls jitted pieces, so a sliding window compiles once whatever the sizes of the images.
+        that calls jitted pieces, so a sliding window compiles once whatever the sizes of the images. `batch["size"]`,
+        (height, width) as Python integers, is there when the pictures fill only the top left corner of their arrays.
+        `full` asks for what `predict` writes beside the answer, such as its confidence.
         """
         ...
 
@@ -64,10 +66,29 @@ class Task(Protocol):
         """The few numbers worth a line on the screen, e.g. `{"mIoU": 0.71}`; the first is 'the' score."""
         ...
 
+    def protocol(self) -> dict[str, Any]:
+        """How predictions are made, JSON-ready: whatever changes a score. It is written beside every score."""
+        ...
+
+    def charts(self, results: dict[str, dict[str, Any]]) -> dict[str, Image.Image]:
+        """Pictures of an evaluation's results by name, such as a confusion matrix."""
+        ...
+
     def sheet(self, examples: list[dict[str, np.ndarray]]) -> Image.Image:
         """A picture sheet: one row per example (`image`, `labels`, and predictions under `predicted_<name>`)."""
         ...
 
-    def write(self, image: np.ndarray, prediction: dict[str, np.ndarray], folder: Path, stem: str) -> list[Path]:
-        """Writes what `predict` promises for one image (files named after `stem`); returns their paths."""
+    def file_names(self, stem: str) -> tuple[str, ...]:
+        """The names of the files that :meth:`write` makes for an image, so that none is overwritten unasked."""
+        ...
+
+    def write(
+        self,
+        image: np.ndarray,
+        prediction: dict[str, np.ndarray],
+        folder: Path,
+        stem: str,
+        facts: dict[str, Any] | None = None,
+    ) -> list[Path]:
+        """Writes what `predict` promises for one image; returns the paths. `facts` go into its JSON."""
         ...
