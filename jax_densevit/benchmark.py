@@ -9,6 +9,7 @@ random and already on the device, and one device computes: this measures models,
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -212,7 +213,7 @@ def main(argv: Sequence[str]) -> None:
     peak_source = "data sheet"
     if peak is None:
         peak, peak_source = measured_peak(arguments.dtype), "best matrix product measured here"
-    rows, notes = [], []
+    timed, notes = [], []
     for job in jobs:
         contenders = own_contenders(job, arguments.batch, arguments.train, options)
         if peers is not None:
@@ -221,8 +222,13 @@ def main(argv: Sequence[str]) -> None:
             notes += [note] if note else []
         with progress_bar(str(job)) as progress:
             seconds = time_in_turn(contenders, arguments.rounds, progress=progress)
-        for contender, times in zip(contenders, seconds, strict=True):
-            rows.append(report_row(job, contender, times, arguments.batch, peak))
+        # Only the facts stay: the next model needs the memory of this one.
+        results = [dataclasses.replace(contender, call=None, wait=None) for contender in contenders]
+        timed += [(job, result, times) for result, times in zip(results, seconds, strict=True)]
+    if peak_source != "data sheet":
+        # Once more, so that other programs' load during the first measurement does not flatter the models.
+        peak = max(peak, measured_peak(arguments.dtype))
+    rows = [report_row(job, contender, times, arguments.batch, peak) for job, contender, times in timed]
     add_ratios(rows)
     where = machine()
     if peers is not None:
