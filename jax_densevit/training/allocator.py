@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process: what makes XLA's training steps on a CPU slow is often not arithmetic."""
+"""Keeping freed memory in the process, so that programs on a CPU do not fault in the same pages at every execution."""
 
 import ctypes
 import sys
