@@ -18,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "training/tiny_experiment.py"
 ENVIRONMENT = {
+    "PYTHONPATH": str(HERE.parent),
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
