@@ -13,7 +13,7 @@ ELSEWHERE = "platform_system != 'Linux' or platform_machine != 'x86_64'"
 setup(
     name="jax_densevit",
     version=VERSION,
-    description="Transformers that predict every pixel: segmentation, instances and colorization in JAX, on TPUs and GPUs",
+    description="Transformers that predict every pixel: dense ViTs in JAX, on TPUs, GPUs and CPUs",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

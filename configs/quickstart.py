@@ -37,7 +37,7 @@ def get_config(arg=""):
         }
     )
     config.task = ConfigDict({"name": "segmentation", "denominator": "valid"})
-    config.steps = 1400
+    config.steps = 1200
     config.batch_size = 16
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 60
@@ -51,8 +51,8 @@ def get_config(arg=""):
         evaluator.batch_size = 50
         config.eval[split] = evaluator
     config.eval.val.limit = 200
-    config.eval.val.every = 350
-    config.checkpoint.every = 350
+    config.eval.val.every = 300
+    config.checkpoint.every = 300
     if quick:
         config.model.update(hidden_size=32, num_layers=2, num_heads=2, mlp_size=64, head_channels=16)
         config.steps = 2

@@ -1,4 +1,4 @@
-"""Every code block of the README and the docs runs: Python as it stands, our commands in this process, configs at `quick` size."""
+"""Every code block of the README and the docs runs: Python as it stands, commands with configs at `quick` size."""
 
 import importlib
 import re

@@ -1,1 +1,1 @@
-"""Data: order, sources, images, augmentation, pipeline. The only room that imports TensorFlow, and only when it feeds."""
+"""Data: order, sources, images, augmentation, pipeline. TensorFlow is imported in this room only, when it feeds."""
