@@ -2,7 +2,7 @@
 
 The same command again goes on where the run stopped. Fields of the config are overridden by flags:
 
-    --config=configs/own_folder.py:vit          an argument for the config file, after a colon
+    --config=configs/own_folder.py:setr         an argument for the config file, after a colon
     --config.optimizer.learning_rate=3e-4       any field, by its path
 
 Several processes (one per host) run the same command and share the workdir; either `--distributed`, where the cluster

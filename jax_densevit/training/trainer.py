@@ -29,6 +29,7 @@ from jax_densevit.training.parts import prepare
 from jax_densevit.training.preemption import STOPPED, StopRequest
 from jax_densevit.training.prefetch import Feed
 from jax_densevit.training.processes import check_agreement
+from jax_densevit.training.sharding import gather
 from jax_densevit.training.state import TrainState
 
 DONE = 0
@@ -128,7 +129,12 @@ class _Run:
         self.unread: deque[tuple[int, Any, dict[str, jax.Array]]] = deque()  # numbers still on the devices
         self.saved_at = -1
         model = experiment.model
-        self._apply = jax.jit(lambda variables, *inputs: model.apply(variables, *inputs, train=False))
+
+        def apply(variables, *inputs):
+            whole = gather(variables["params"], parts.shardings.params)
+            return model.apply({**variables, "params": whole}, *inputs, train=False)
+
+        self._apply = jax.jit(apply)
         self._all_finite = jax.jit(_all_finite, out_shardings=replicated(experiment.mesh))
 
     def loop(self, state: TrainState, step: int, waiting: list[Any], first: tuple[Any, dict[str, jax.Array]]) -> int:
