@@ -1,13 +1,14 @@
 """Quickstart: a small SETR-PUP that finds and names scattered handwritten digits, trained from scratch in minutes.
 
-Scenes are drawn while training goes on, from 1,441 digits of scikit-learn's bundled set; those of the test scenes are
+Scenes are drawn while training goes on, from 1,445 digits of scikit-learn's bundled set; those of the test scenes are
 others. Eleven classes: background and the ten digits.
 
 Command:   python -m jax_densevit.train --config=configs/quickstart.py --workdir=runs/quickstart
 Words:     quick (steps of a second, learns nothing)
 Hardware:  a laptop: two CPU cores, 2 GB of memory
-Expected:  test mIoU above 0.70
-Run here:  its steps, not yet the whole command.
+           4 minutes, 0.2 s a step
+Expected:  test mIoU 0.77 (val 0.78) on 1,000 scenes of unseen handwriting; 0.58 after 300 steps, 0.74 after 600
+Run here:  in full, 2026-11-21, on two AMD EPYC cores: 239 s of both cores with start, compiling and evaluations.
 """
 
 from jax_densevit.configuration import ConfigDict, default_config, default_evaluator, words
