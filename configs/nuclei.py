@@ -20,17 +20,16 @@ def get_config(arg=""):
     nuclei = {"name": "instance_folder", "root": "data/nuclei", "classes": ("background", "nucleus")}
     config.data.train = ConfigDict({**nuclei, "split": "train"})
     config.model = ConfigDict({"name": "unet", "base": 12})
-    # Nuclei count more: where the model is in two minds, a pixel too many costs less IoU than one too few.
-    config.task = ConfigDict({"name": "segmentation", "denominator": "valid", "class_weights": (1.0, 1.5)})
-    # The stained pictures are few and of several magnifications: sizes vary by nearly three times, colors too.
+    config.task = ConfigDict({"name": "segmentation", "denominator": "valid"})
+    # The stained pictures are few and of several magnifications: sizes vary by four times, colors too.
     config.data.resize_box = (320, 256)
-    config.data.resize_ratio = (0.6, 1.7)
+    config.data.resize_ratio = (0.5, 2.0)
     config.data.crop = (128, 128)
     config.data.flip = 0.5
     config.data.rotate90 = True
     config.data.photometric = True
     # Sixteen, so that every batch has gray and stained pictures: batch norm learns the mean of both.
-    config.steps = 2000
+    config.steps = 1400
     config.batch_size = 16
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
@@ -44,13 +43,12 @@ def get_config(arg=""):
         evaluator.batch_size = 5
         evaluator.decode = ConfigDict({"flip": True})
         config.eval[split] = evaluator
-    config.eval.val.every = 250
-    config.checkpoint.every = 250
+    config.eval.val.every = 200
+    config.checkpoint.every = 200
     config.checkpoint.best = "val/mIoU"
     if quick:
         scenes = {"name": "digit_scenes", "size": (64, 80), "length": 16}
         config.model.base = 4
-        config.task.class_weights = ()
         config.batch_size = 8
         config.data.train = ConfigDict({**scenes, "split": "train"})
         config.data.resize_box = (80, 64)
