@@ -70,7 +70,7 @@ def default_config() -> ConfigDict:
                 # a pattern that matches nothing is an error. Factor 0 freezes.
                 "multipliers": (),
             },
-            "ema": 0.0,  # decay of the moving average of parameters; 0 = none
+            "ema": 0.0,  # decay of the moving average of parameters and batch-norm statistics; 0 = none
             # One of the three may be -1: whatever devices remain.
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             # Regular expressions over parameter paths and the mesh axis per dimension, tried before automatic FSDP.

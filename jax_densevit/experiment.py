@@ -96,10 +96,10 @@ class Experiment:
             process_count=jax.process_count(),
         )
 
-    def macs(self) -> int | None:
-        """Multiply-accumulates of one forward pass of one training crop, counted analytically; None if not known."""
+    def macs(self) -> int:
+        """Multiply-accumulates of one forward pass of one training image, counted analytically."""
         size = tuple(self.config.data.crop)
-        return find_model(self.config.model.name).macs(self.model, size) if all(size) else None
+        return find_model(self.config.model.name).macs(self.model, size if all(size) else self.source.size(0))
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about itself: config, data, versions. JSON-ready."""

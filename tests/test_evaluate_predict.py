@@ -34,7 +34,7 @@ def workdir(tmp_path_factory):
     batch = {"image": np.zeros((1, 32, 32, 3), np.uint8)}
     params, statistics = initial_variables(experiment.model, experiment.task, batch, jax.random.key(0))
     folder = tmp_path_factory.mktemp("run")
-    ema = jax.tree.map(lambda x: x * 2, params)
+    ema = {"params": jax.tree.map(lambda x: x * 2, params), "statistics": statistics}
     with Checkpoints(folder) as checkpoints:
         state = TrainState(np.int32(7), params, statistics, ema, {"count": np.zeros((), np.int32)})
         checkpoints.save(7, state, {}, experiment.meta())

@@ -348,7 +348,7 @@ class Checkpoints:
         """The model's variables: {"params": ..., "batch_stats": ...}, without optimizer state.
 
         Args:
-          which: "params", or "ema" for the moving average of the parameters.
+          which: "params", or "ema" for the moving averages of parameters and statistics.
           shardings: a tree like the result; None gives NumPy arrays.
 
         Raises:
@@ -360,24 +360,18 @@ class Checkpoints:
         folder = self.folder / str(step)
         if not (folder / which).is_dir():
             raise UserError(f"The checkpoint of step {step} in {self.folder} has no {which}: it was trained without.")
-        items = {"params": which, "batch_stats": "statistics"}
-        variables = {}
-        for name, item in items.items():
-            if not (folder / item).is_dir():
-                continue
-            stored = _metadata(folder / item)
-            if shardings is None:
-                how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-            else:
-                how = jax.tree.map(
-                    lambda leaf, place: ocp.ArrayRestoreArgs(sharding=place, global_shape=leaf.shape, dtype=leaf.dtype),
-                    stored,
-                    shardings[name],
-                )
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, jax.transfer_guard("allow"):
-                arguments = ocp.args.PyTreeRestore(item=stored, restore_args=how)
-                variables[name] = reader.restore(epath.Path(folder / item), args=arguments)
-        return variables
+        items = {"params": "params", "batch_stats": "statistics"}
+        if which == "ema":
+            places = (
+                None if shardings is None else _renamed(shardings, {"params": "params", "batch_stats": "statistics"})
+            )
+            return _renamed(_restore_item(folder / "ema", places), {"params": "params", "statistics": "batch_stats"})
+        items = {"params": "params", "batch_stats": "statistics"}
+        return {
+            name: _restore_item(folder / item, None if shardings is None else shardings[name])
+            for name, item in items.items()
+            if (folder / item).is_dir()
+        }
 
     def _verify_together(self, step: int) -> None:
         message = ""
@@ -424,6 +418,26 @@ class Checkpoints:
 def _read(folder: Path, arguments: ocp.args.Composite) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(epath.Path(folder), args=arguments)
+
+
+def _restore_item(folder: Path, shardings: Any) -> Any:
+    """The tree of arrays in an item's folder, laid out as `shardings` say; NumPy arrays where they are None."""
+    stored = _metadata(folder)
+    if shardings is None:
+        how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+    else:
+        how = jax.tree.map(
+            lambda leaf, place: ocp.ArrayRestoreArgs(sharding=place, global_shape=leaf.shape, dtype=leaf.dtype),
+            stored,
+            shardings,
+        )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, jax.transfer_guard("allow"):
+        return reader.restore(epath.Path(folder), args=ocp.args.PyTreeRestore(item=stored, restore_args=how))
+
+
+def _renamed(tree: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """`tree` with its entries under their new names (old -> new)."""
+    return {new: tree[old] for old, new in names.items() if old in tree}
 
 
 def _metadata(folder: Path) -> Any:

@@ -66,7 +66,7 @@ def take_over(state: TrainState, workdir: str | Path, leave_out: Sequence[str] =
         # A copy: the step donates the state, and no buffer may be given away twice.
         average = jax.jit(
             lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=jax.tree.map(lambda a: a.sharding, state.ema)
-        )(new["params"])
+        )(new)
     sentence = (
         f"Started from {workdir} (step {step}, {which}): {taken} arrays taken over, {len(left)} left at their initial "
         f"values, {unused} of the other run not used."

@@ -25,7 +25,8 @@ class TrainState:
       step: int32 scalar, the number of updates made.
       params: nested dict of float32 parameters.
       statistics: running statistics of normalisation (Flax's `batch_stats`); an empty dict where the model has none.
-      ema: moving average of `params`, or None.
+      ema: moving averages {"params": ..., "statistics": ...}, or None. Statistics are averaged with the parameters:
+        those of the last few batches belong to the last parameters and can be far off for their average.
       optimizer: state of the optax transformation.
     """
 
@@ -60,7 +61,7 @@ def _initial_state(model, task, optimizer, batch, ema: bool, key: jax.Array) -> 
         params=params,
         statistics=statistics,
         # The average starts at the parameters themselves, so it needs no correction for a start at zero.
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        ema=jax.tree.map(jnp.copy, {"params": params, "statistics": statistics}) if ema else None,
         optimizer=optimizer.init(params),
     )
 
@@ -80,11 +81,12 @@ def state_shardings(
     Arguments as in `parameter_shardings`.
     """
     params = parameter_shardings(state.params, mesh, rules, minimum_bytes)
+    statistics = jax.tree.map(lambda _: replicated(mesh), state.statistics)
     return TrainState(
         step=replicated(mesh),
         params=params,
-        statistics=jax.tree.map(lambda _: replicated(mesh), state.statistics),
-        ema=None if state.ema is None else params,
+        statistics=statistics,
+        ema=None if state.ema is None else {"params": params, "statistics": statistics},
         optimizer=like_parameters(state.optimizer, state.params, params, mesh),
     )
 

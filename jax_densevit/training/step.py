@@ -134,7 +134,9 @@ def make_train_step(
             grads = pin(grads)
         updates, new_optimizer = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = None if state.ema is None else moving_average(state.ema, params, ema)
+        average = None
+        if state.ema is not None:
+            average = moving_average(state.ema, {"params": params, "statistics": statistics}, ema)
         numbers = {
             "loss": loss,
             **{f"loss/{name}": mean for name, mean in means.items()},

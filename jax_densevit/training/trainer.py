@@ -215,9 +215,10 @@ class _Run:
     def evaluate(self, due: list[Any], state: TrainState, step: int) -> bool:
         """Runs evaluators and keeps the state if it is the best; False when told to stop: the state is saved then."""
         self.read()
-        variables = {"params": state.params if state.ema is None else state.ema}
-        if state.statistics:
-            variables["batch_stats"] = state.statistics
+        weights = state.ema or {"params": state.params, "statistics": state.statistics}
+        variables = {"params": weights["params"]}
+        if weights["statistics"]:
+            variables["batch_stats"] = weights["statistics"]
         main = jax.process_index() == 0
 
         def forward(*inputs):

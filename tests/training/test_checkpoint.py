@@ -74,7 +74,7 @@ def test_round_trip_of_a_real_state(tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(training.state)
     jax.tree.map(lambda x, s: None if x.sharding == s else pytest.fail(f"{x.sharding}"), restored, training.shardings)
     variables = Checkpoints(tmp_path, read_only=True).restore_variables(3, "ema")
-    equal(variables, {"params": expected.ema, "batch_stats": expected.statistics})
+    equal(variables, {"params": expected.ema["params"], "batch_stats": expected.ema["statistics"]})
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(variables))
 
 
@@ -217,13 +217,13 @@ def test_mismatches_are_listed(tmp_path):
         state = state.replace(params={"a": {"kernel": state.params["a"]["kernel"].astype(jnp.bfloat16)}})
         with pytest.raises(UserError, match=r"float32\[4,3\] in the checkpoint and bfloat16\[4,3\]"):
             checkpoints.restore(1, abstract(state))
-        renamed = small_state().replace(params={"b": small_state().params["a"]}, ema=small_state().params)
+        renamed = small_state().replace(params={"b": small_state().params["a"]}, ema={"params": small_state().params})
         with pytest.raises(UserError) as failure:
             checkpoints.restore(1, abstract(renamed))
         message = str(failure.value)
         assert "params/b/kernel is not in the checkpoint" in message
         assert "params/a/kernel is only in the checkpoint" in message
-        assert "ema/a/kernel is not in the checkpoint" in message
+        assert "ema/params/a/kernel is not in the checkpoint" in message
         with pytest.raises(UserError, match="has no ema"):
             checkpoints.restore_variables(1, "ema")
 

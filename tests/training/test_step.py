@@ -218,12 +218,17 @@ def test_a_step_that_is_not_finite_changes_nothing(what, accumulate):
 
 
 def test_average_equals_a_loop_and_starts_at_the_parameters():
-    training = Training(ema=0.9)
-    average = values(training.state.params)
+    training = Training(model=TinyModel(norm=True), ema=0.9)
+
+    def averaged():
+        return values({"params": training.state.params, "statistics": training.state.statistics})
+
+    average = averaged()
+    assert jax.tree.leaves(average["statistics"])  # batch norm's, which belong to the average as much as the parameters
     jax.tree.map(np.testing.assert_array_equal, values(training.state.ema), average)
     for _ in range(5):
         training.run()
-        average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * np.asarray(p), average, training.state.params)
+        average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, averaged())
     assert_trees_close(training.state.ema, average, 1e-6)
 
 
