@@ -5,7 +5,7 @@ Command:   python -m jax_densevit.check_data --config=configs/own_folder.py
 Words:     unet (default: a U-Net from scratch), setr (SETR-PUP on a ViT-B/16, to start from another run's weights),
            quick (steps of a second on digit scenes, to see that everything works)
 Hardware:  unet: a GPU of 8 GB, or a night on a CPU; setr: a GPU of 24 GB
-Expected:  depends on your data; a few hundred masks and one or two classes often give an IoU of 0.8
+Expected:  depends on your data
 Run here:  only `quick`, on digit scenes.
 """
 
