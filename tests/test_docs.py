@@ -35,7 +35,8 @@ def shrunk(arguments: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in RECORDS], ids=lambda page: page.name)
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for folder in ("configs", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     namespace = {}
     for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language == "python":
