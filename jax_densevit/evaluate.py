@@ -11,7 +11,6 @@ Scores with other decoding go to a file of their own, `eval/<name>_<options>-<st
 
 import argparse
 import datetime
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from jax_densevit.console import progress_bar, run_command, split_options
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import Evaluator, Loaded, build_evaluators, load, versions
 from jax_densevit.training.evaluation import Evaluation, evaluate, save_evaluation
-from jax_densevit.training.mesh import make_mesh, replicated
+from jax_densevit.training.mesh import make_mesh
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,17 +41,15 @@ def main(argv: Sequence[str]) -> int:
     data = {name.removeprefix("data."): value for name, value in options.items() if name.startswith("data.")}
     decode = {name: value for name, value in options.items() if not name.startswith("data.")}
 
-    loaded = load(arguments.workdir, step=arguments.step, which=arguments.which, decode=decode)
-    evaluators = _evaluators(loaded, arguments.name, data, decode)
     mesh = make_mesh()
-    variables = jax.device_put(loaded.variables, replicated(mesh))
-    forward = functools.partial(jax.jit(functools.partial(loaded.model.apply, train=False)), variables)
+    loaded = load(arguments.workdir, step=arguments.step, which=arguments.which, decode=decode, mesh=mesh)
+    evaluators = _evaluators(loaded, arguments.name, data, decode)
     console = Console()
     for evaluator in evaluators:
         with progress_bar(evaluator.name) as progress:
             found = evaluate(
                 evaluator.task,
-                forward,
+                loaded.forward,
                 evaluator.source,
                 mesh=mesh,
                 batch_size=arguments.batch_size or evaluator.batch_size,

@@ -1,5 +1,6 @@
 """Sources that read mask files: what a file holds is kept apart from what it means, so that it can be checked."""
 
+import abc
 import contextlib
 import contextvars
 import dataclasses
@@ -67,7 +68,7 @@ class RawExample:
         return ""
 
 
-class RawSource:
+class RawSource(abc.ABC):
     """A source whose examples are raw files plus a :class:`LabelMap`; subclasses say how many, how big, and `raw`.
 
     Args:
@@ -81,12 +82,12 @@ class RawSource:
         self.label_map = label_map
         self.ignore_instance = ignore_instance
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def raw(self, index: int) -> RawExample:
         """Reads example `index` without interpreting its mask; UserError naming the file when it cannot."""
-        raise NotImplementedError
 
     def raw_labels(self, index: int) -> np.ndarray:
         """Only the mask of :meth:`raw`."""
@@ -129,6 +130,6 @@ class RawSource:
         if warning:
             raise UserError(f"{self.info.name}: {warning}")
 
+    @abc.abstractmethod
     def name_of(self, index: int) -> str:
         """The mask file of example `index`, for messages."""
-        raise NotImplementedError

@@ -275,17 +275,17 @@ class Setr(nn.Module):
         if self.decoder == "mla":
             logits, auxiliary = self._mla(tuple(maps[n] for n in self.head_taps), supervise, train)
         else:
-            logits = self._run(self.stack_head("decode_head"), maps[self.num_layers], train)
+            logits = self.stack_head("decode_head")(maps[self.num_layers], train)
             auxiliary = [
-                self._run(self.stack_head(f"auxiliary_head_{i}", auxiliary=True), maps[n], train)
+                self.stack_head(f"auxiliary_head_{i}", auxiliary=True)(maps[n], train)
                 for i, n in enumerate(self.head_taps if supervise else ())
             ]
         return DenseOutput(logits=logits, auxiliary=tuple(auxiliary) if train else (), covers=covers)
 
     def _mla(self, maps, supervise, train):
-        levels = self._run(self._build(MlaNeck, "neck", self.head_channels), maps, train)
+        levels = self._build(MlaNeck, "neck", self.head_channels)(maps, train)
         levels = levels if self.flavor == "official" else levels[::-1]
-        logits = self._run(self.mla_head("decode_head"), levels, train)
+        logits = self.mla_head("decode_head")(levels, train)
         # The auxiliary heads are bare 1x1 classifiers, with a bias in mmseg only.
         bias = self.flavor == "mmseg"
         names = [f"auxiliary_head_{i}" for i in range(len(levels))] if supervise else []
@@ -316,10 +316,6 @@ class Setr(nn.Module):
         if self.remat == "full":
             kind = nn.remat(kind, static_argnums=(2,))
         return kind(*sizes, dtype=self.dtype, name=name, **options)
-
-    @staticmethod
-    def _run(head, x, train):
-        return head(x, train)
 
 
 def _macs(model: Setr, size: tuple[int, int]) -> int:
