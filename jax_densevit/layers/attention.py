@@ -17,6 +17,8 @@ def attend(
     *,
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
     implementation: str = "xla",
 ) -> jax.Array:
     """`softmax(q k^T / sqrt(d) + bias) v` for every head (Vaswani et al. 2017, section 3.2.1).
@@ -30,6 +32,8 @@ def attend(
       bias: added to the scaled logits, broadcastable to `[B, heads, T, S]`.
       mask: bool, True where a query may look, broadcastable to `[B, heads, T, S]`. A query that may look nowhere gets
         the mean of the values.
+      dropout: rate at which attention weights are zeroed (the others grow by 1 / (1 - rate)), where a key is given.
+      key: random key of the dropout; None drops nothing.
       implementation: "xla" works everywhere. "cudnn" is the fused kernel of NVIDIA GPUs: it never stores the T x S
         weights, and serves fewer cases.
 
@@ -40,10 +44,10 @@ def attend(
       UserError: an unknown implementation, or one that cannot serve this call.
     """
     check_name("attention implementation", implementation, IMPLEMENTATIONS)
-    return IMPLEMENTATIONS[implementation](q, k, v, bias, mask)
+    return IMPLEMENTATIONS[implementation](q, k, v, bias, mask, dropout if key is not None else 0.0, key)
 
 
-def _attend_xla(q, k, v, bias, mask):
+def _attend_xla(q, k, v, bias, mask, dropout, key):
     # Heads next to the batch first: XLA's CPU products over a head axis in the middle take half as long again.
     q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
     logits = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
@@ -52,10 +56,15 @@ def _attend_xla(q, k, v, bias, mask):
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    if dropout:
+        kept = jax.random.bernoulli(key, 1 - dropout, weights.shape)
+        weights = jnp.where(kept, weights / jnp.asarray(1 - dropout, weights.dtype), jnp.zeros((), weights.dtype))
     return jnp.einsum("bhts,bhsd->bhtd", weights, v).swapaxes(1, 2)
 
 
-def _attend_cudnn(q, k, v, bias, mask):
+def _attend_cudnn(q, k, v, bias, mask, dropout, key):
+    if dropout:
+        raise UserError("attention='cudnn' has no dropout of attention weights; use attention='xla', or a rate of 0.")
     backend = jax.default_backend()
     reason = cudnn_refusal(
         q.shape,
@@ -123,36 +132,43 @@ class SelfAttention(nn.Module):
     `out/kernel [heads, d, D]`, `out/bias [D]`. The head axis is apart so that it can be sharded.
 
     Attributes:
-      num_heads: number of heads; must divide the width D.
+      num_heads: number of heads; must divide the width D where `head_size` is not given.
       implementation: of :func:`attend`.
       dtype: type of the computation; parameters are float32.
+      head_size: d, channels per head; 0 divides the width among the heads.
+      dropout: rate of the attention weights, in training; needs the rng stream "dropout".
     """
 
     num_heads: int
     implementation: str = "xla"
     dtype: Any = jnp.float32
+    head_size: int = 0
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """`[B, T, D]` -> `[B, T, D]`."""
         width = x.shape[-1]
-        if width % self.num_heads:
+        if width % self.num_heads and not self.head_size:
             raise UserError(f"num_heads={self.num_heads} does not divide hidden_size={width}; choose a divisor.")
-        size = width // self.num_heads
+        size = self.head_size or width // self.num_heads
         init = nn.initializers.normal(0.02)
         qkv = nn.DenseGeneral((3, self.num_heads, size), dtype=self.dtype, kernel_init=init, name="qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))
-        y = attend(q, k, v, implementation=self.implementation)
+        dropped = {"dropout": self.dropout, "key": self.make_rng("dropout")} if train and self.dropout else {}
+        y = attend(q, k, v, implementation=self.implementation, **dropped)
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y)
 
 
-def attention_macs(tokens: int, width: int, keys: int | None = None) -> int:
+def attention_macs(tokens: int, width: int, keys: int | None = None, inner: int | None = None) -> int:
     """Multiply-accumulates of one self-attention over `tokens` tokens of `width` channels, projections included.
 
     Args:
       tokens: length of the sequence.
       width: D.
       keys: how many keys each query looks at; None means all tokens.
+      inner: channels of all heads together; None means D.
     """
     keys = tokens if keys is None else keys
-    return int(4 * tokens * width * width + 2 * np.int64(tokens) * keys * width)
+    inner = width if inner is None else inner
+    return int(4 * tokens * width * inner + 2 * np.int64(tokens) * keys * inner)

@@ -55,6 +55,16 @@ def test_attend_where_a_query_may_look_nowhere():
     np.testing.assert_allclose(got[0, 0, 0], v[0, :, 0].mean(0), atol=1e-6)
 
 
+def test_dropout_of_weights():
+    """Uniform weights over as many values as channels, which are unit vectors: the result shows the weights."""
+    q, k, v = jnp.zeros((1, 400, 1, 50)), jnp.zeros((1, 50, 1, 50)), jnp.eye(50)[None, :, None]
+    np.testing.assert_array_equal(attend(q, k, v, dropout=0.2), attend(q, k, v))  # without a key
+    weights = np.asarray(attend(q, k, v, dropout=0.2, key=jax.random.key(0)))[0, :, 0] * 50
+    dropped = weights == 0
+    np.testing.assert_allclose(weights[~dropped], 1 / 0.8, rtol=1e-5)
+    assert dropped.mean() == pytest.approx(0.2, abs=0.01)
+
+
 def test_unknown_implementation_is_named():
     with pytest.raises(UserError, match="did you mean 'cudnn'"):
         attend(*[draw(0, 1, 2, 1, 8)] * 3, implementation="cudn")
@@ -105,6 +115,18 @@ def test_self_attention_layout():
     np.testing.assert_allclose(layer.apply({"params": params}, x), want, atol=1e-6)
 
 
+def test_heads_of_a_size_of_their_own_and_dropout_in_training():
+    x = draw(0, 2, 5, 7)
+    layer = SelfAttention(num_heads=2, head_size=8, dropout=0.5)
+    params = layer.init(jax.random.key(0), x)["params"]
+    assert params["qkv"]["kernel"].shape == (7, 3, 2, 8) and params["out"]["kernel"].shape == (2, 8, 7)
+    q, k, v = np.asarray(np.einsum("btd,dphe->pbthe", x, params["qkv"]["kernel"]))
+    want = np.einsum("bthe,hed->btd", reference(q, k, v), params["out"]["kernel"])
+    np.testing.assert_allclose(layer.apply({"params": params}, x), want, atol=1e-6)
+    dropped = layer.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(1)})
+    assert np.abs(dropped - want).max() > 1e-4 * np.abs(want).max()
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(UserError, match="num_heads=5 does not divide hidden_size=12"):
         SelfAttention(num_heads=5).init(jax.random.key(0), draw(0, 1, 2, 12))
@@ -114,4 +136,5 @@ def test_macs():
     tokens, width = 5, 12
     assert attention_macs(tokens, width) == tokens * width * 4 * width + 2 * tokens * tokens * width
     assert attention_macs(tokens, width, keys=2) == tokens * width * 4 * width + 2 * tokens * 2 * width
+    assert attention_macs(tokens, width, inner=8) == tokens * width * 4 * 8 + 2 * tokens * tokens * 8
     assert attention_macs(200_000, 4096) == 4 * 200_000 * 4096**2 + 2 * 200_000**2 * 4096  # no overflow
