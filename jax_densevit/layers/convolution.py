@@ -1,11 +1,13 @@
 """Convolution blocks that several models share."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jax_densevit.layers.embedding import torch_uniform
 from jax_densevit.layers.normalization import BatchNorm
 
 
@@ -42,6 +44,65 @@ class ConvNorm(nn.Module):
             name="conv",
         )(x)
         return nn.relu(BatchNorm(name="norm")(x, train))
+
+
+def conv_norm(features: int, kernel_size: int, use_bias: bool, channels: int, dtype: Any, name: str) -> ConvNorm:
+    """`ConvNorm` with PyTorch's default initialisation, which the published heads start from."""
+    init = torch_uniform(kernel_size**2 * channels)
+    return ConvNorm(features, kernel_size, use_bias, dtype, init, name=name)
+
+
+def classifier(num_classes: int, channels: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
+    """A 1x1 convolution whose products are in `dtype` and whose sums and results are float32."""
+    init = torch_uniform(channels)
+    return nn.Dense(
+        num_classes,
+        use_bias,
+        dtype=dtype,
+        kernel_init=init,
+        bias_init=init,
+        dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+        name=name,
+    )
+
+
+class StandardizedConv(nn.Module):
+    """Convolution without bias whose kernel is standardised first (Qiao et al. 2019, https://arxiv.org/abs/1903.10520).
+
+    Every output channel's kernel gets mean 0 and variance 1 in float32, at every call: the parameters are the raw
+    kernel. Borders as in TensorFlow's "SAME", which the released networks with such convolutions use.
+
+    Parameters: `kernel [k, k, C, features]`.
+
+    Attributes:
+      features: output channels; kernel_size: k; stride, dilation: of both axes.
+      epsilon: added to the variance of a kernel.
+      dtype: type of the computation.
+    """
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    dilation: int = 1
+    epsilon: float = 1e-8
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> `[B, ceil(h / stride), ceil(w / stride), features]`."""
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        kernel = self.param("kernel", init, (self.kernel_size, self.kernel_size, x.shape[-1], self.features))
+        mean = kernel.mean((0, 1, 2))
+        variance = jnp.square(kernel - mean).mean((0, 1, 2))
+        kernel = (kernel - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            "SAME",
+            rhs_dilation=(self.dilation, self.dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
 
 class Upsample(nn.Module):

@@ -9,7 +9,6 @@ modules own but never use (`conv_seg` in the official heads, MLA's class token) 
 counts them.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name
-from jax_densevit.layers.convolution import ConvNorm
+from jax_densevit.layers.convolution import classifier, conv_norm
 from jax_densevit.layers.embedding import torch_uniform
 from jax_densevit.layers.resize import resize_bilinear
 from jax_densevit.layers.transformer import layer_norm
@@ -49,26 +48,6 @@ def published_taps(decoder: str, flavor: str, num_layers: int) -> tuple[int, ...
     if taps is None:
         taps = tuple(sorted(set(quarters if decoder == "pup" else quarters[:3])))
     return taps[:-1] if decoder == "pup" and flavor == "mmseg" else taps
-
-
-def conv_norm(features: int, kernel_size: int, use_bias: bool, channels: int, dtype: Any, name: str) -> ConvNorm:
-    """`ConvNorm` with PyTorch's default initialisation, which the published heads start from."""
-    init = torch_uniform(kernel_size**2 * channels)
-    return ConvNorm(features, kernel_size, use_bias, dtype, init, name=name)
-
-
-def classifier(num_classes: int, channels: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
-    """A 1x1 convolution whose products are in `dtype` and whose sums and results are float32."""
-    init = torch_uniform(channels)
-    return nn.Dense(
-        num_classes,
-        use_bias,
-        dtype=dtype,
-        kernel_init=init,
-        bias_init=init,
-        dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
-        name=name,
-    )
 
 
 class StackHead(nn.Module):
