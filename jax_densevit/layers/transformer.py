@@ -1,10 +1,10 @@
-"""The pre-LN transformer encoder that every plain ViT here shares: blocks unrolled or scanned, kept or rematerialised.
+"""The transformer encoder that every plain ViT here shares: blocks unrolled or scanned, kept or rematerialised.
 
 Parameter trees of the two forms convert into each other with :func:`stack_blocks` and :func:`unstack_blocks`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +24,7 @@ REMAT_POLICIES = {
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the same without the T x T attention
 }
 GELUS = ("erf", "tanh")
+NORM_STYLES = ("pre", "post")
 
 
 def gelu(x: jax.Array, flavor: str = "erf") -> jax.Array:
@@ -60,7 +61,9 @@ class Mlp(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-LN transformer block: `x += attention(norm1(x)); x += mlp(norm2(x))` (Dosovitskiy et al. 2021).
+    """Transformer block: `x += attention(norm1(x)); x += mlp(norm2(x))` (pre-norm, Dosovitskiy et al. 2021).
+
+    Post-norm is the original form (Vaswani et al. 2017, BERT): `x = norm1(x + attention(x)); x = norm2(x + mlp(x))`.
 
     Attributes:
       num_heads, mlp_size: sizes.
@@ -70,6 +73,9 @@ class EncoderBlock(nn.Module):
       stochastic: whether residual branches are dropped at the rate given to the call.
       attention: implementation of attention, see `attend`.
       dtype: type of the computation. Layer-norm statistics are float32 whatever it is.
+      norm_style: "pre" or "post".
+      attention_dropout: rate of the attention weights.
+      mlp_dropout: rate after GELU, where it is not `dropout` (BERT has none there).
     """
 
     num_heads: int
@@ -80,6 +86,9 @@ class EncoderBlock(nn.Module):
     stochastic: bool = False
     attention: str = "xla"
     dtype: Any = jnp.float32
+    norm_style: str = "pre"
+    attention_dropout: float = 0.0
+    mlp_dropout: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path_rate: jax.Array | float = 0.0, *, train: bool = False) -> jax.Array:
@@ -89,11 +98,19 @@ class EncoderBlock(nn.Module):
             branch = nn.Dropout(self.dropout)(branch, deterministic=not train)
             return drop_path(branch, drop_path_rate, self.make_rng("dropout")) if train and self.stochastic else branch
 
-        y = layer_norm(self.norm_epsilon, self.dtype, "norm1")(x)
-        x = x + residual(SelfAttention(self.num_heads, self.attention, self.dtype, name="attention")(y))
-        y = layer_norm(self.norm_epsilon, self.dtype, "norm2")(x)
-        mlp = Mlp(self.mlp_size, self.gelu, self.dropout, self.dtype, name="mlp")
-        return x + residual(mlp(y, train=train))
+        check_name("position of the layer norms (norm_style)", self.norm_style, NORM_STYLES)
+        attention = SelfAttention(
+            self.num_heads, self.attention, self.dtype, dropout=self.attention_dropout, name="attention"
+        )
+        mlp_dropout = self.dropout if self.mlp_dropout is None else self.mlp_dropout
+        mlp = Mlp(self.mlp_size, self.gelu, mlp_dropout, self.dtype, name="mlp")
+        for i, branch in ((1, attention), (2, mlp)):
+            norm = layer_norm(self.norm_epsilon, self.dtype, f"norm{i}")
+            if self.norm_style == "pre":
+                x = x + residual(branch(norm(x), train=train))
+            else:
+                x = norm(x + residual(branch(x, train=train)))
+        return x
 
 
 def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
@@ -102,7 +119,7 @@ def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
 
 
 class Encoder(nn.Module):
-    """A stack of :class:`EncoderBlock`, without a final norm.
+    """A stack of :class:`EncoderBlock`, without a norm after the last.
 
     Parameters, unrolled: `block_0`, `block_1`, ... Scanned: one entry `blocks_<start>_<stop>` per segment between taps,
     whose leaves carry the layers `start .. stop - 1` on axis 0. The same key initialises both forms to the same
@@ -130,6 +147,9 @@ class Encoder(nn.Module):
     scan: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
+    norm_style: str = "pre"
+    attention_dropout: float = 0.0
+    mlp_dropout: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> dict[int, jax.Array]:
@@ -143,29 +163,18 @@ class Encoder(nn.Module):
             stochastic=self.drop_path > 0,
             attention=self.attention,
             dtype=self.dtype,
+            norm_style=self.norm_style,
+            attention_dropout=self.attention_dropout,
+            mlp_dropout=self.mlp_dropout,
             parent=None,  # applied as a function: its parameters are held here, one entry per block or per segment
         )
-        random = train and (self.dropout > 0 or self.drop_path > 0)
+        random = train and any((self.dropout, self.drop_path, self.attention_dropout, self.mlp_dropout))
         drop_keys = _keys(self.make_rng("dropout"), self.num_layers) if random else None
-        # Not a key of its own per block: scanned and unrolled encoders must start from the same numbers.
-        # All blocks are drawn by one vectorised call: a program of eight random arrays instead of eight per block.
-        initial = None
-        if self.is_initializing():
-            one_token = jnp.zeros((1, 1, x.shape[-1]), self.dtype)
-            keys = _keys(self.make_rng("params"), self.num_layers)
-            initial = jax.vmap(lambda key: block.init(key, one_token)["params"])(keys)
+        one_token = jnp.zeros((1, 1, x.shape[-1]), self.dtype)
+        held = hold_blocks(
+            self, lambda key: block.init(key, one_token)["params"], self.num_layers, taps=self.taps, scan=self.scan
+        )
         rates = jnp.asarray(np.linspace(0.0, self.drop_path, self.num_layers), jnp.float32)
-
-        def parameters(name, index):
-            if self.is_initializing():
-                return self.param(name, lambda _: jax.tree.map(lambda leaf: leaf[index], initial))
-            if not self.has_variable("params", name):
-                form = "scanned" if self.scan else "unrolled"
-                raise UserError(
-                    f"The parameters have no {'/'.join((*self.path, name))!r}, which this {form} encoder with taps "
-                    f"{self.taps} reads; convert them with unstack_blocks and stack_blocks of layers.transformer."
-                )
-            return self.get_variable("params", name)
 
         def apply(x, layer):
             params, rate, key = layer
@@ -173,16 +182,65 @@ class Encoder(nn.Module):
 
         apply = rematerialise(apply, self.remat, prevent_cse=not self.scan)
         outputs = {}
-        for start, stop in segments(self.num_layers, self.taps):
+        for (start, stop), params in held.items():
             if self.scan:
-                params = parameters(f"blocks_{start}_{stop}", slice(start, stop))
                 layers = (params, rates[start:stop], None if drop_keys is None else drop_keys[start:stop])
                 x, _ = jax.lax.scan(lambda x, layer: (apply(x, layer), None), x, layers)
             else:
                 for i in range(start, stop):
-                    x = apply(x, (parameters(f"block_{i}", i), rates[i], None if drop_keys is None else drop_keys[i]))
+                    x = apply(x, (params[i - start], rates[i], None if drop_keys is None else drop_keys[i]))
             outputs[stop] = x
         return outputs
+
+
+def hold_blocks(
+    module: nn.Module,
+    init: Callable[[jax.Array], Any],
+    num_layers: int,
+    *,
+    taps: Sequence[int] = (),
+    scan: bool = False,
+) -> dict[tuple[int, int], Any]:
+    """The parameters of equal blocks, held by `module` for blocks that are applied as functions.
+
+    To be called in a compact method. The parameters are named as in :class:`Encoder`, so :func:`stack_blocks` and
+    :func:`unstack_blocks` convert them.
+
+    Args:
+      module: who holds them.
+      init: key -> parameters of one block.
+      num_layers, taps: as in :class:`Encoder`.
+      scan: hold each segment stacked.
+
+    Returns:
+      {(start, stop): a list of the blocks' parameters, or with `scan` one tree with the blocks on axis 0} by segment.
+
+    Raises:
+      UserError: the parameters that the module was given have the other form.
+    """
+    initial = None
+    if module.is_initializing():
+        # Not a key of its own per block: scanned and unrolled encoders must start from the same numbers.
+        # All blocks are drawn by one vectorised call: a program of eight random arrays instead of eight per block.
+        initial = jax.vmap(init)(_keys(module.make_rng("params"), num_layers))
+
+    def parameters(name, index):
+        if module.is_initializing():
+            return module.param(name, lambda _: jax.tree.map(lambda leaf: leaf[index], initial))
+        if not module.has_variable("params", name):
+            form = "scanned" if scan else "unrolled"
+            raise UserError(
+                f"The parameters have no {'/'.join((*module.path, name))!r}, which this {form} encoder with taps "
+                f"{tuple(taps)} reads; convert them with unstack_blocks and stack_blocks of layers.transformer."
+            )
+        return module.get_variable("params", name)
+
+    def segment(start, stop):
+        if scan:
+            return parameters(f"blocks_{start}_{stop}", slice(start, stop))
+        return [parameters(f"block_{i}", i) for i in range(start, stop)]
+
+    return {(start, stop): segment(start, stop) for start, stop in segments(num_layers, taps)}
 
 
 def _keys(key: jax.Array, count: int) -> jax.Array:

@@ -50,8 +50,9 @@ def test_drop_path_drops_whole_examples_and_keeps_the_mean():
     assert drop_path(x.astype(jnp.bfloat16), 0.25, jax.random.key(0)).dtype == jnp.bfloat16
 
 
-def test_block_equals_the_formula():
-    block = EncoderBlock(num_heads=2, mlp_size=12, norm_epsilon=1e-3)
+@pytest.mark.parametrize("norm_style", ["pre", "post"])
+def test_block_equals_the_formula(norm_style):
+    block = EncoderBlock(num_heads=2, mlp_size=12, norm_epsilon=1e-3, norm_style=norm_style)
     params = block.init(jax.random.key(0), X)["params"]
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda p: (p + 0.3 * rng.normal(size=p.shape)).astype(np.float32), params)
@@ -60,18 +61,33 @@ def test_block_equals_the_formula():
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * p["scale"] + p["bias"]
 
-    y = norm(X.astype(np.float64), params["norm1"])
-    q, k, v = np.einsum("btd,dphe->pbthe", y, params["attention"]["qkv"]["kernel"]) + np.asarray(
-        params["attention"]["qkv"]["bias"]
-    ).reshape(3, 1, 1, 2, 4)
-    weights = np.exp(np.einsum("bthe,bshe->bhts", q, k) / 2)
-    weights /= weights.sum(-1, keepdims=True)
-    out = params["attention"]["out"]
-    x = X + np.einsum("bhts,bshe,hed->btd", weights, v, out["kernel"]) + out["bias"]
-    y = norm(x, params["norm2"]) @ params["mlp"]["fc1"]["kernel"] + params["mlp"]["fc1"]["bias"]
-    y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
-    want = x + y @ params["mlp"]["fc2"]["kernel"] + params["mlp"]["fc2"]["bias"]
+    def attention(y):
+        q, k, v = np.einsum("btd,dphe->pbthe", y, params["attention"]["qkv"]["kernel"]) + np.asarray(
+            params["attention"]["qkv"]["bias"]
+        ).reshape(3, 1, 1, 2, 4)
+        weights = np.exp(np.einsum("bthe,bshe->bhts", q, k) / 2)
+        weights /= weights.sum(-1, keepdims=True)
+        out = params["attention"]["out"]
+        return np.einsum("bhts,bshe,hed->btd", weights, v, out["kernel"]) + out["bias"]
+
+    def mlp(y):
+        y = y @ params["mlp"]["fc1"]["kernel"] + params["mlp"]["fc1"]["bias"]
+        y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
+        return y @ params["mlp"]["fc2"]["kernel"] + params["mlp"]["fc2"]["bias"]
+
+    want = X.astype(np.float64)
+    if norm_style == "pre":
+        want = want + attention(norm(want, params["norm1"]))
+        want = want + mlp(norm(want, params["norm2"]))
+    else:
+        want = norm(want + attention(want), params["norm1"])
+        want = norm(want + mlp(want), params["norm2"])
     np.testing.assert_allclose(block.apply({"params": params}, X), want, atol=1e-5)
+
+
+def test_unknown_norm_style_is_named():
+    with pytest.raises(UserError, match="norm_style"):
+        EncoderBlock(num_heads=2, mlp_size=12, norm_style="sandwich").init(jax.random.key(0), X)
 
 
 def test_segments():
@@ -112,6 +128,33 @@ def test_scanned_equals_unrolled(unrolled, remat):
     assert sorted(other_taps) == [2, 3, 4]
     assert_trees(other_taps, taps, atol=1e-5)
     assert_trees(unstack_blocks(other_gradient), gradient, atol=1e-5)
+
+
+def test_post_norm_with_its_own_dropouts_scanned_equals_unrolled():
+    """As in BERT: dropout of the attention weights, none after GELU."""
+    options = {**SIZES, "norm_style": "post", "attention_dropout": 0.3, "mlp_dropout": 0.0}
+    params = jax.jit(Encoder(**options).init)(jax.random.key(0), X)["params"]
+    taps, gradient = taps_and_gradient(Encoder(**options, taps=(1, 2)), params)
+    np.testing.assert_allclose(taps[4].mean(-1), 0, atol=1e-5)  # a layer norm comes last
+    encoder = Encoder(**options, taps=(1, 2), scan=True, remat="full")
+    other_taps, other_gradient = taps_and_gradient(encoder, stack_blocks(params, (1, 2)))
+    assert_trees(other_taps, taps, atol=1e-5)
+    assert_trees(unstack_blocks(other_gradient), gradient, atol=1e-5)
+    # The weights are dropped although `dropout` is 0; and only they.
+    still = Encoder(**options, taps=(1, 2)).apply({"params": params}, X)
+    assert np.abs(still[4] - taps[4]).max() > 1e-3
+    nothing = Encoder(**{**options, "attention_dropout": 0.0}, taps=(1, 2)).apply({"params": params}, X, train=True)
+    assert_trees(nothing, still)
+
+
+def test_dropout_after_gelu_is_apart():
+    """With `mlp_dropout` 1 nothing passes the MLP but the bias of its second product."""
+    block = EncoderBlock(num_heads=2, mlp_size=12, mlp_dropout=1.0)
+    params = block.init(jax.random.key(0), X)["params"]
+    params["mlp"]["fc2"]["bias"] = params["mlp"]["fc2"]["bias"] + 3.0
+    out = block.apply({"params": params}, X, train=True, rngs=RNGS)
+    params["mlp"]["fc2"]["kernel"] = 0 * params["mlp"]["fc2"]["kernel"]
+    np.testing.assert_array_equal(out, block.apply({"params": params}, X))
 
 
 def test_unrolled_rematerialised(unrolled):
