@@ -17,6 +17,20 @@ def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -height % multiple), (0, -width % multiple), (0, 0)))
 
 
+def patchify(images: jax.Array, patch_size: int) -> jax.Array:
+    """`[B, h * P, w * P, C]` -> `[B, h, w, P * P * C]`: the pixels of each patch, row-major, channels last."""
+    p, (batch, height, width, channels) = patch_size, images.shape
+    x = images.reshape(batch, height // p, p, width // p, p, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height // p, width // p, p * p * channels)
+
+
+def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:
+    """The inverse of :func:`patchify`: `[B, h, w, P * P * C]` -> `[B, h * P, w * P, C]`."""
+    p, (batch, height, width, size) = patch_size, patches.shape
+    x = patches.reshape(batch, height, width, p, p, size // p**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height * p, width * p, size // p**2)
+
+
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
     """PyTorch's default for convolutions, kernels and biases: uniform in +-1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
@@ -40,12 +54,11 @@ class PatchEmbedding(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """`[B, h * P, w * P, C]` -> `[B, h, w, D]`."""
-        p, (batch, height, width, channels) = self.patch_size, images.shape
+        p, channels = self.patch_size, images.shape[-1]
         init = torch_uniform(p * p * channels)
         kernel = self.param("kernel", init, (p, p, channels, self.hidden_size))
         bias = self.param("bias", init, (self.hidden_size,))
-        x = images.astype(self.dtype).reshape(batch, height // p, p, width // p, p, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, p * p * channels)
+        x = patchify(images.astype(self.dtype), p)
         return x @ kernel.astype(self.dtype).reshape(-1, self.hidden_size) + bias.astype(self.dtype)
 
 

@@ -12,8 +12,10 @@ from jax_densevit.layers.embedding import (
     Tokens,
     native_grid,
     pad_to_multiple,
+    patchify,
     resize_positions,
     torch_uniform,
+    unpatchify,
 )
 
 RNG = np.random.default_rng(0)
@@ -135,3 +137,11 @@ def test_native_grid():
     assert native_grid((32, 64), 16) == (2, 4)
     with pytest.raises(UserError, match="image_size=60x64.* not a multiple of patch_size=16"):
         native_grid((60, 64), 16)
+
+
+def test_unpatchify_inverts_patchify():
+    x = RNG.normal(size=(2, 8, 12, 3)).astype(np.float32)
+    patches = patchify(x, 4)
+    assert patches.shape == (2, 2, 3, 48)
+    np.testing.assert_array_equal(patches[1, 1, 2].reshape(4, 4, 3), x[1, 4:8, 8:12])
+    np.testing.assert_array_equal(unpatchify(patches, 4), x)
