@@ -63,14 +63,19 @@ def segmentation_loss(
         fill=ignore,
         rows=rows,
     ).sum()
-    if denominator == "all":
-        weight = jnp.float32(labels.size)
-    elif loss == "bce":
+    if denominator == "valid" and loss == "bce":
         weight = (labels != ignore).sum(dtype=jnp.float32)
     else:
-        valid = (labels != ignore) & (labels >= 0) & (labels < k)
-        weight = jnp.where(valid, jnp.asarray(weights)[jnp.where(valid, labels, 0)], 0).sum()
+        weight = pixel_weight(labels, denominator, ignore, weights)
     return LossTerm(total, weight, coefficient)
+
+
+def pixel_weight(labels: jax.Array, denominator: str, ignore: int, weights: np.ndarray) -> jax.Array:
+    """What a mean over pixels divides by, float32: their number ("all"), or the scored ones' class weights `[K]`."""
+    if denominator == "all":
+        return jnp.float32(labels.size)
+    valid = (labels != ignore) & (labels >= 0) & (labels < len(weights))
+    return jnp.where(valid, jnp.asarray(weights)[jnp.where(valid, labels, 0)], 0).sum()
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, ignore: int, weights: np.ndarray) -> jax.Array:

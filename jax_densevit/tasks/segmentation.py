@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax_densevit.tasks import pictures
 from jax_densevit.tasks.losses import DENOMINATORS, LOSSES, segmentation_loss
 from jax_densevit.tasks.registry import register_task
 from jax_densevit.tasks.rooms import Samples, room_for, sample_axis, samples
-from jax_densevit.tasks.rows import map_over_pixels
+from jax_densevit.tasks.rows import automatic_rows, map_over_pixels
 from jax_densevit.tasks.sliding import slide
 from jax_densevit.tasks.task import Batch, LossTerm
 
@@ -55,10 +55,15 @@ class SegmentationTask:
         Cityscapes, (2048, 512) on ADE20K); (0, 0) leaves it at its own size.
       short_side_at_least: if above 0, the short side becomes max(short of the box, this) and the long side follows, at
         every scale (SETR's multi-scale testing, with the crop's side here).
+      fixed_size: (height, width) to which every picture is resized before decoding, aspect not kept: for models that
+        take images of one size only, such as ViTSeg. (0, 0) = off.
       scales: factors on the base size; class probabilities are averaged over scales and mirror images.
       flip: decode the mirror image as well.
       loss_rows: output rows per block of the fused resize and loss; 0 = by memory.
     """
+
+    kind: ClassVar[str] = "segmentation"
+    losses: ClassVar[tuple[str, ...]] = LOSSES
 
     info: DataInfo
     loss_function: str = "cross_entropy"
@@ -71,16 +76,17 @@ class SegmentationTask:
     windows_at_once: int = 8
     base_size: tuple[int, int] = (0, 0)
     short_side_at_least: int = 0
+    fixed_size: tuple[int, int] = (0, 0)
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     loss_rows: int = 0
 
     def __post_init__(self):
-        _one_of("loss_function", self.loss_function, LOSSES)
+        _one_of("loss_function", self.loss_function, self.losses)
         _one_of("denominator", self.denominator, DENOMINATORS)
         _one_of("mode", self.mode, MODES)
         set_ = functools.partial(object.__setattr__, self)
-        for name in ("class_weights", "base_size", "scales"):
+        for name in ("class_weights", "base_size", "fixed_size", "scales"):
             value = getattr(self, name)
             set_(name, tuple(value) if isinstance(value, list | tuple) else (value,))
         if isinstance(self.auxiliary_weight, list):
@@ -92,9 +98,9 @@ class SegmentationTask:
                 f"Segmentation needs at least two classes (one may be the background); {self.info.name!r} has "
                 f"{len(self.info.classes)}: name them in the data source."
             )
-        if self.class_weights and len(self.class_weights) != self.num_outputs:
+        if self.class_weights and len(self.class_weights) != len(self.info.classes):
             raise UserError(
-                f"task.class_weights has {len(self.class_weights)} numbers for {self.num_outputs} classes; "
+                f"task.class_weights has {len(self.class_weights)} numbers for {len(self.info.classes)} classes; "
                 "give one per class."
             )
         if self.mode == "slide" and not all(self.crop):
@@ -110,8 +116,15 @@ class SegmentationTask:
             )
         if not self.scales or min(self.scales) <= 0:
             raise UserError(f"task.scales {self.scales} must be positive factors, e.g. (0.75, 1.0, 1.25).")
-        if len(self.base_size) != 2 or min(self.base_size) < 0 or (not all(self.base_size) and any(self.base_size)):
-            raise UserError(f"task.base_size {self.base_size} must be (long, short) in pixels, or (0, 0).")
+        for name, sides in (("base_size", "(long, short)"), ("fixed_size", "(height, width)")):
+            value = getattr(self, name)
+            if len(value) != 2 or min(value) < 0 or (not all(value) and any(value)):
+                raise UserError(f"task.{name} {value} must be {sides} in pixels, or (0, 0).")
+        if all(self.fixed_size) and (all(self.base_size) or self.short_side_at_least or self.scales != (1.0,)):
+            raise UserError(
+                f"task.fixed_size={self.fixed_size} resizes every picture to that size; leave base_size, "
+                "short_side_at_least and scales out."
+            )
         if self.windows_at_once < 1:
             raise UserError(f"task.windows_at_once is {self.windows_at_once}; it must be at least 1.")
 
@@ -125,7 +138,7 @@ class SegmentationTask:
         return (normalise(batch["image"], self.info.mean, self.info.std),)
 
     def loss(self, output: DenseOutput, batch: Batch) -> dict[str, LossTerm]:
-        """One term per head: "segmentation", then "auxiliary_1", ... with their coefficients."""
+        """One term per head: the task's name, then "auxiliary_1", ... with their coefficients."""
         weights = self.auxiliary_weight
         if not isinstance(weights, tuple):
             weights = (weights,) * len(output.auxiliary)
@@ -134,22 +147,28 @@ class SegmentationTask:
                 f"task.auxiliary_weight has {len(weights)} factors, "
                 f"but the model has {len(output.auxiliary)} auxiliary heads."
             )
-        heads = {"segmentation": (output.logits, 1.0)}
+        heads = {self.kind: (output.logits, 1.0)}
         heads |= {f"auxiliary_{i + 1}": head for i, head in enumerate(zip(output.auxiliary, weights, strict=True))}
         return {
-            name: segmentation_loss(
-                self._checked(logits),
-                batch["labels"],
-                output.covers,
-                loss=self.loss_function,
-                denominator=self.denominator,
-                ignore=self.info.ignore,
-                class_weights=self.class_weights,
-                coefficient=coefficient,
-                rows=self.loss_rows,
-            )
+            name: self.head_loss(self._checked(logits), batch["labels"], output.covers, coefficient)
             for name, (logits, coefficient) in heads.items()
         }
+
+    def head_loss(
+        self, logits: jax.Array, labels: jax.Array, covers: tuple[int, int], coefficient: float = 1.0
+    ) -> LossTerm:
+        """The loss of one head: `[B, h, w, K]` that stretch over `covers`, against labels `[B, H, W]`."""
+        return segmentation_loss(
+            logits,
+            labels,
+            covers,
+            loss=self.loss_function,
+            denominator=self.denominator,
+            ignore=self.info.ignore,
+            class_weights=self.class_weights,
+            coefficient=coefficient,
+            rows=self.loss_rows,
+        )
 
     def decode(
         self,
@@ -194,15 +213,37 @@ class SegmentationTask:
             self._checked(logits)
             if len(passes) == 1 and not probabilities:
                 return _choose(self, logits, *place, full)
-            total = _add_probabilities(self, total, logits, *place)
-        return _choose_most_probable(total, len(passes), full, probabilities)
+            total = _add(self, total, logits, *place)
+        return _choose_from_mean(self, total, len(passes), full, probabilities)
+
+    def choose(self, logits: jax.Array, full: bool = False) -> Batch:
+        """The answer of every pixel from the model's outputs `[..., K]` there. Runs inside `jit`."""
+        answer = {"labels": jnp.argmax(logits, -1).astype(jnp.int32)}
+        if full:
+            answer["confidence"] = self.averaged(logits).max(-1)
+        return answer
+
+    def averaged(self, logits: jax.Array) -> jax.Array:
+        """What is averaged over scales and mirror images: class probabilities. Runs inside `jit`."""
+        return jax.nn.sigmoid(logits) if self.loss_function == "bce" else jax.nn.softmax(logits, -1)
+
+    def choose_from_mean(self, mean: jax.Array, full: bool = False, probabilities: bool = False) -> Batch:
+        """The answer of every pixel from the mean `[..., K]` of what :meth:`averaged` gave. Runs inside `jit`."""
+        answer = {"labels": jnp.argmax(mean, -1).astype(jnp.int32)}
+        if full:
+            answer["confidence"] = mean.max(-1)
+        if probabilities:
+            answer["probabilities"] = mean
+        return answer
 
     def _room_to_slide(self, fed: tuple[int, int], batch: Batch) -> tuple[int, int]:
         room = room_for(fed) if "size" in batch else fed
         return max(room[0], self.crop[0]), max(room[1], self.crop[1])
 
     def decoding_size(self, height: int, width: int, scale: float = 1.0) -> tuple[int, int]:
-        """(height, width) at which a picture is fed at `scale`, by `base_size` and `short_side_at_least`."""
+        """(height, width) at which a picture is fed at `scale`."""
+        if all(self.fixed_size):
+            return self.fixed_size
         if all(self.base_size):
             box = [int(side * scale) for side in self.base_size]
             factor = min(max(box) / max(height, width), min(box) / min(height, width))
@@ -241,8 +282,8 @@ class SegmentationTask:
 
     def protocol(self) -> dict[str, Any]:
         """How predictions are made, JSON-ready: whatever changes a score."""
-        names = ("mode", "crop", "stride", "base_size", "short_side_at_least", "scales", "flip")
-        return {"task": "segmentation", "ignore": self.info.ignore, **{name: getattr(self, name) for name in names}}
+        names = ("mode", "crop", "stride", "base_size", "short_side_at_least", "fixed_size", "scales", "flip")
+        return {"task": self.kind, "ignore": self.info.ignore, **{name: getattr(self, name) for name in names}}
 
     def charts(self, results: dict[str, dict[str, Any]]) -> dict[str, Image.Image]:
         """The confusion matrix as a picture."""
@@ -280,8 +321,8 @@ class SegmentationTask:
     def _checked(self, logits: jax.Array) -> jax.Array:
         if logits.shape[-1] != self.num_outputs:
             raise UserError(
-                f"The model has {logits.shape[-1]} outputs, but {self.info.name!r} has {self.num_outputs} classes; "
-                "leave model.num_classes out of the config, it is filled in from the data."
+                f"The model has {logits.shape[-1]} outputs, but the task {self.kind!r} on {self.info.name!r} needs "
+                f"{self.num_outputs}; leave model.num_classes out of the config, it is filled in from the data."
             )
         return logits
 
@@ -312,35 +353,21 @@ def _enlarge(logits: jax.Array, covers: tuple[int, int], size: tuple[int, int]) 
 @functools.partial(jax.jit, static_argnames=("task", "full"))
 def _choose(task: SegmentationTask, logits: jax.Array, down: Samples, across: Samples, full: bool) -> Batch:
     """The answer of a single pass, by blocks of rows: full-size logits never exist."""
-
-    def pixels(block):
-        answer = {"labels": jnp.argmax(block, -1).astype(jnp.int32)}
-        if full:
-            answer["confidence"] = _probabilities(task, block).max(-1)
-        return answer
-
-    return map_over_pixels(pixels, logits.astype(jnp.float32), down, across)
+    width, channels = len(across.low), max(logits.shape[-1], len(task.info.classes))
+    rows = automatic_rows(width, channels, len(down.low))
+    return map_over_pixels(lambda block: task.choose(block, full), logits.astype(jnp.float32), down, across, rows=rows)
 
 
 @functools.partial(jax.jit, static_argnames="task", donate_argnums=1)
-def _add_probabilities(task, total: jax.Array | None, logits: jax.Array, down: Samples, across: Samples) -> jax.Array:
-    """The sum of probabilities `[B, H, W, K]` with those of one more pass."""
-    probabilities = _probabilities(task, sample_axis(sample_axis(logits.astype(jnp.float32), down, 1), across, 2))
-    return probabilities if total is None else total + probabilities
+def _add(task, total: jax.Array | None, logits: jax.Array, down: Samples, across: Samples) -> jax.Array:
+    """The sum `[B, H, W, K]` of what is averaged over passes, with that of one more pass."""
+    values = task.averaged(sample_axis(sample_axis(logits.astype(jnp.float32), down, 1), across, 2))
+    return values if total is None else total + values
 
 
-@functools.partial(jax.jit, static_argnames=("passes", "confidence", "probabilities"))
-def _choose_most_probable(total: jax.Array, passes: int, confidence: bool, probabilities: bool) -> Batch:
-    answer = {"labels": jnp.argmax(total, -1).astype(jnp.int32)}
-    if confidence:
-        answer["confidence"] = total.max(-1) / passes
-    if probabilities:
-        answer["probabilities"] = total / passes
-    return answer
-
-
-def _probabilities(task: SegmentationTask, logits: jax.Array) -> jax.Array:
-    return jax.nn.sigmoid(logits) if task.loss_function == "bce" else jax.nn.softmax(logits, -1)
+@functools.partial(jax.jit, static_argnames=("task", "passes", "full", "probabilities"))
+def _choose_from_mean(task, total: jax.Array, passes: int, full: bool, probabilities: bool) -> Batch:
+    return task.choose_from_mean(total / passes, full, probabilities)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -168,6 +168,11 @@ def test_base_size_keeps_the_aspect():
     check({"base_size": (20, 16)}, [(16, 20)], pictures(3, 1, 20, 25))
 
 
+def test_fixed_size_does_not_keep_the_aspect():
+    check({"fixed_size": (12, 9)}, [(12, 9)], pictures(3, 2, 20, 25))
+    check({"fixed_size": (16, 16), "flip": True}, [(16, 16)], pictures(4, 1, 11, 30))
+
+
 def test_the_model_compiles_once_for_pictures_of_all_sizes():
     model, task = Model(), SegmentationTask(INFO, mode="slide", crop=8, stride=6, windows_at_once=4)
     for i, size in enumerate([(8, 8), (9, 21), (30, 12), (4, 5)]):
@@ -238,7 +243,7 @@ def test_loss_of_all_heads():
     assert [term.coefficient for term in terms.values()] == [1.0, 0.3, 0.1]
     with pytest.raises(UserError, match="3 factors, but the model has 2"):
         SegmentationTask(INFO, auxiliary_weight=(1, 1, 1)).loss(output, {"labels": labels})
-    with pytest.raises(UserError, match="3 outputs, but 'toy' has 2 classes"):
+    with pytest.raises(UserError, match="3 outputs, but the task 'segmentation' on 'toy' needs 2"):
         SegmentationTask(DataInfo("toy", classes=("a", "b"))).loss(output, {"labels": labels})
 
 
@@ -253,6 +258,8 @@ def test_loss_of_all_heads():
         ({"class_weights": (1.0, 2.0)}, "2 numbers for 3 classes"),
         ({"scales": ()}, "positive factors"),
         ({"base_size": (512, 0)}, "in pixels"),
+        ({"fixed_size": (0, 512)}, "fixed_size .* must be .height, width. in pixels"),
+        ({"fixed_size": (64, 64), "scales": (0.5, 1.0)}, "leave base_size, short_side_at_least and scales out"),
         ({"crop": (1, 2, 3)}, "one number of pixels"),
         ({"windows_at_once": 0}, "at least 1"),
         ({"flipp": True}, "did you mean 'flip'"),
