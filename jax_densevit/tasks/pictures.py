@@ -44,18 +44,22 @@ def sheet(examples: Sequence[dict[str, Any]], info: DataInfo) -> Image.Image:
     """A picture sheet, one row per example: image, prediction, labels, errors; with a legend of the classes.
 
     Args:
-      examples: each with "image" uint8 `[H, W, 3]`, "predicted_labels" `[H, W]`, and "labels" and "name" if known.
+      examples: each with "image" uint8 `[H, W, 3]`, "predicted_labels" `[H, W]`, and "labels" and "name" if known;
+        "predicted_colors" uint8 `[H, W, 3]`, where a model paints, has a column of its own.
       info: class names, palette and ignore value.
     """
     font, bold = _font(14), _font(16)
-    columns = ["image", "prediction", "labels", "errors"]
-    if not all("labels" in example for example in examples):
-        columns = columns[:2]
+    painted = ["output"] if all("predicted_colors" in example for example in examples) else []
+    columns = ["image", *painted, "prediction"]
+    if all("labels" in example for example in examples):
+        columns += ["labels", "errors"]
     width = 2 * _MARGIN + len(columns) * _CELL + (len(columns) - 1) * _GAP
     rows = []
     for example in examples:
-        cells = [_fit(example["image"]), _fit(paint(example["predicted_labels"], info), nearest=True)]
-        if len(columns) == 4:
+        cells = [_fit(example["image"])]
+        cells += [_fit(example["predicted_colors"], nearest=True)] if painted else []
+        cells.append(_fit(paint(example["predicted_labels"], info), nearest=True))
+        if "labels" in columns:
             cells += [_fit(paint(example["labels"], info), nearest=True), _fit(_errors(example, info), nearest=True)]
         rows.append((cells, _caption(example, info)))
     shown = _present(examples, info)

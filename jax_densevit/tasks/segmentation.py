@@ -82,9 +82,9 @@ class SegmentationTask:
     loss_rows: int = 0
 
     def __post_init__(self):
-        _one_of("loss_function", self.loss_function, self.losses)
-        _one_of("denominator", self.denominator, DENOMINATORS)
-        _one_of("mode", self.mode, MODES)
+        one_of("loss_function", self.loss_function, self.losses)
+        one_of("denominator", self.denominator, DENOMINATORS)
+        one_of("mode", self.mode, MODES)
         set_ = functools.partial(object.__setattr__, self)
         for name in ("class_weights", "base_size", "fixed_size", "scales"):
             value = getattr(self, name)
@@ -370,7 +370,8 @@ def _choose_from_mean(task, total: jax.Array, passes: int, full: bool, probabili
     return task.choose_from_mean(total / passes, full, probabilities)
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises :class:`UserError` unless the option `name` of the task is one of `known`."""
     if value not in known:
         raise UserError(f"task.{name}={value!r} does not exist{did_you_mean(value, known)}")
 
