@@ -124,4 +124,4 @@ def test_gradients_are_finite_everywhere():
         lambda x: color.lab_to_rgb(100 * x).sum(),
         lambda x: color.to_gray(x, "lab_l").sum(),
     ):
-        assert np.isfinite(jax.grad(function)(rgb)).all()
+        assert np.isfinite(jax.jit(jax.grad(function))(rgb)).all()
