@@ -305,6 +305,13 @@ def _findings(result: Inspection, problems: _Problems, source: Source, crop) -> 
         warn("all_ignored", f"nothing to learn from {_count(bad, 'mask')}: all pixels are ignored.", bad)
     if bad := problems["duplicate"]:
         warn("duplicate", f"{_count(bad, 'picture')} twice in the set.", bad)
+    if bad := getattr(source, "left_out", {}):
+        verb = "is" if len(bad) == 1 else "are"
+        warn(
+            "gray",
+            f"{_count(bad, 'gray photo')} {verb} left out: nothing to learn colors from.",
+            map(str, bad.values()),
+        )
     if bad := problems["gray_rgb"]:
         warn("gray_rgb", f"{_count(bad, 'mask')} saved as RGB with equal channels; one channel is read as ids.", bad)
     indexed = problems["indexed"]

@@ -1,0 +1,82 @@
+"""The real photographs that come with scikit-image and scikit-learn: something to train on without a download.
+
+Seven scenes of everyday life (an astronaut, a cup, a rocket, a motorcycle, a flower, a cat, a palace) and three from
+science. They are few: enough to see that colorization learns and to try a config, not to judge a model.
+"""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+from jax_densevit.data.images import image_size, read_image
+from jax_densevit.data.source import DataInfo, Example
+from jax_densevit.data.sources.registry import register_source
+from jax_densevit.errors import UserError, check_name
+
+# Where each photo lies. Only files that are in the packages themselves; scikit-image would download the others.
+SKIMAGE, SKLEARN = ("skimage", "data"), ("sklearn", "datasets", "images")
+PLACES = {
+    "astronaut": (*SKIMAGE, "astronaut.png"),
+    "coffee": (*SKIMAGE, "coffee.png"),
+    "flower": (*SKLEARN, "flower.jpg"),
+    "hubble_deep_field": (*SKIMAGE, "hubble_deep_field.jpg"),
+    "ihc": (*SKIMAGE, "ihc.png"),
+    "motorcycle_left": (*SKIMAGE, "motorcycle_left.png"),
+    "motorcycle_right": (*SKIMAGE, "motorcycle_right.png"),
+    "retina": (*SKIMAGE, "retina.jpg"),
+    "rocket": (*SKIMAGE, "rocket.jpg"),
+    "chelsea": (*SKIMAGE, "chelsea.png"),
+    "china": (*SKLEARN, "china.jpg"),
+}
+# By photo, and both eyes of the motorcycle's stereo pair on one side. What is held out is what people photograph.
+_HELD_OUT = {"val": ("chelsea",), "test": ("china",)}
+SPLITS = {"train": tuple(name for name in PLACES if (name,) not in _HELD_OUT.values()), **_HELD_OUT}
+
+
+@register_source("sample_photos")
+class SamplePhotos:
+    """Photographs in color, of many sizes, without labels: train on random crops (`data.crop`).
+
+    Args:
+      split: "train" (nine photos), "val" (the cat) or "test" (the palace).
+      mean, std: normalisation of images in [0, 1].
+
+    Raises:
+      UserError: no such split, or a package without its photos.
+    """
+
+    def __init__(self, split: str = "train", mean: tuple[float, ...] = (0.5,) * 3, std: tuple[float, ...] = (0.5,) * 3):
+        check_name("split of sample_photos", split, SPLITS)
+        self.info = DataInfo("sample_photos", mean=tuple(mean), std=tuple(std))
+        self.names = SPLITS[split]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of photo `index`."""
+        return image_size(_path(self.names[index]))
+
+    def read(self, index: int) -> Example:
+        """A copy of photo `index`."""
+        name = self.names[index]
+        return {"image": _read(name).copy(), "id": name}
+
+
+@functools.cache
+def _path(name: str) -> Path:
+    package, *parts = PLACES[name]
+    found = importlib.util.find_spec(package)  # which does not import it: that would take a second
+    path = Path(found.submodule_search_locations[0], *parts) if found else None
+    if path is None or not path.is_file():
+        project = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
+        raise UserError(f"sample_photos needs {project} with its file {parts[-1]}: pip install --upgrade {project}.")
+    return path
+
+
+@functools.cache
+def _read(name: str) -> np.ndarray:
+    """Decoded once: the nine photos for training are 15 MB."""
+    return read_image(_path(name))
