@@ -58,6 +58,61 @@ def resize_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return x
 
 
+def resize_area(x: np.ndarray | jax.Array, size: tuple[int, int]) -> np.ndarray | jax.Array:
+    """Resizes an integer picture `[..., h, w, C]` by the mean over the area of each output pixel.
+
+    Pixels on the edge of an area count by the part inside, and means are rounded to the nearest, halves to the even
+    number: `tf.image.resize(method="area")` with its result rounded. Down by a whole factor this is the mean of blocks,
+    up by a whole factor every pixel is repeated.
+
+    Args:
+      x: integers; a NumPy array is resized on the host (in float64), a JAX array where it is.
+      size: (height, width).
+
+    Returns:
+      int32 `[..., height, width, C]`, NumPy if `x` is.
+    """
+    _check_size(size)
+    if not isinstance(x, np.ndarray):
+        return _resize_area_device(x, size)
+    rows, columns = (area_matrix(given, length) for given, length in zip(x.shape[-3:-1], size, strict=True))
+    y = np.einsum("yh,...hwc,xw->...yxc", rows, x.astype(np.float64), columns, optimize=True)
+    # Means of integers that are a half exactly, or would be but for the last digits, are recognised as such.
+    return np.rint(np.round(y, 9)).astype(np.int32)
+
+
+def _resize_area_device(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    for axis, length in ((x.ndim - 3, size[0]), (x.ndim - 2, size[1])):
+        if length % x.shape[axis] == 0:
+            x = jnp.repeat(x, length // x.shape[axis], axis=axis)
+    given = x.shape[-3:-1]
+    if any(have % want for have, want in zip(given, size, strict=True)):
+        rows, columns = (jnp.asarray(area_matrix(*lengths), jnp.float32) for lengths in zip(given, size, strict=True))
+        y = jnp.einsum("yh,...hwc,xw->...yxc", rows, x.astype(jnp.float32), columns, precision="highest")
+        return jnp.rint(y).astype(jnp.int32)
+    down = [have // want for have, want in zip(given, size, strict=True)]
+    blocks = x.astype(jnp.int32).reshape(*x.shape[:-3], size[0], down[0], size[1], down[1], x.shape[-1])
+    total, count = blocks.sum((-4, -2)), down[0] * down[1]
+    mean, rest = total // count, total % count
+    up = (2 * rest > count) | ((2 * rest == count) & (mean % 2 == 1))
+    return mean + up.astype(jnp.int32)
+
+
+def area_matrix(given: int, length: int) -> np.ndarray:
+    """`[length, given]` float64 weights: the part of every output pixel that each input pixel covers."""
+    edges = np.arange(length + 1) * given / length
+    starts = np.arange(given)
+    overlap = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
+    return np.maximum(overlap, 0) * (length / given)
+
+
+def center_square(x):
+    """The middle square of a picture `[..., h, w, C]`; an odd row or column more is left out at the end."""
+    side = min(x.shape[-3:-1])
+    top, left = ((length - side) // 2 for length in x.shape[-3:-1])
+    return x[..., top : top + side, left : left + side, :]
+
+
 def _check_size(size: tuple[int, int]) -> None:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be a positive (height, width), not {size}")

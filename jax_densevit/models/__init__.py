@@ -1,7 +1,17 @@
 """The published systems, one file each. Importing this package registers all of them and needs no TensorFlow."""
 
-from jax_densevit.models import setr, unet, vit, vitseg
+from jax_densevit.models import coltran, setr, unet, vit, vitseg
 from jax_densevit.models.output import ClassOutput, DenseOutput
 from jax_densevit.models.registry import create_model, registered_models
 
-__all__ = ["ClassOutput", "DenseOutput", "create_model", "registered_models", "setr", "unet", "vit", "vitseg"]
+__all__ = [
+    "ClassOutput",
+    "DenseOutput",
+    "coltran",
+    "create_model",
+    "registered_models",
+    "setr",
+    "unet",
+    "vit",
+    "vitseg",
+]

@@ -1,4 +1,4 @@
-"""What models return: one struct for dense predictions, one for classes."""
+"""What models return: one struct for dense predictions, one for classes, two for pictures made of symbols."""
 
 import flax.struct
 import jax
@@ -40,3 +40,27 @@ class ClassOutput:
     logits: jax.Array
     auxiliary: tuple[jax.Array, ...] = ()
     features: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+@flax.struct.dataclass
+class SymbolOutput:
+    """Distributions over the symbol of every pixel, from an autoregressive model.
+
+    Attributes:
+      logits: `[B, H, W, K]` float32, of each pixel given those before it in raster order (and whatever conditions it).
+      parallel: `[B, H, W, K]` float32, of each pixel by itself, given the condition alone; None without such a head.
+    """
+
+    logits: jax.Array
+    parallel: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class ChannelOutput:
+    """Distributions over the 256 values of every sub-pixel, channel by channel.
+
+    Attributes:
+      logits: `[B, C, H, W, 256]` float32, in the order of the channels given.
+    """
+
+    logits: jax.Array

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name, check_options, did_you_mean
@@ -74,6 +75,19 @@ def find_model(name: str) -> Entry:
     """The registry entry of `name`; :class:`UserError` with the nearest name when there is none."""
     check_name("model", name, _REGISTRY)
     return _REGISTRY[name]
+
+
+def example_inputs(
+    model: nn.Module, image_size: tuple[int, int], batch_size: int = 1
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What `model` is called with, as shapes: for counting and timing.
+
+    That is one float32 batch of images `[B, H, W, 3]`, unless the module has a method of the same name
+    (`example_inputs(image_size, batch_size)`) that says otherwise.
+    """
+    if hasattr(model, "example_inputs"):
+        return model.example_inputs(image_size, batch_size)
+    return (jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32),)
 
 
 def create_model(name: str, variant: str | None = None, **options: Any) -> nn.Module:
