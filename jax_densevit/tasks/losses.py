@@ -16,11 +16,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_densevit.errors import UserError
+from jax_densevit.models.output import DenseOutput
 from jax_densevit.tasks.rows import sum_over_pixels
 from jax_densevit.tasks.task import LossTerm
 
 DENOMINATORS = ("all", "valid")
 LOSSES = ("cross_entropy", "bce")
+
+
+def heads(
+    output: DenseOutput, name: str, auxiliary_weight: float | Sequence[float]
+) -> dict[str, tuple[jax.Array, float]]:
+    """{name of a loss term: (logits, coefficient)}: the main head's `name`, then "auxiliary_1", ...
+
+    Raises:
+      UserError: `auxiliary_weight` has other than one factor per auxiliary head (or one number for all).
+    """
+    weights = auxiliary_weight
+    if not isinstance(weights, Sequence):
+        weights = (weights,) * len(output.auxiliary)
+    if len(weights) != len(output.auxiliary):
+        raise UserError(
+            f"task.auxiliary_weight has {len(weights)} factors, "
+            f"but the model has {len(output.auxiliary)} auxiliary heads."
+        )
+    auxiliary = zip(output.auxiliary, weights, strict=True)
+    return {name: (output.logits, 1.0)} | {f"auxiliary_{i + 1}": head for i, head in enumerate(auxiliary)}
 
 
 def segmentation_loss(

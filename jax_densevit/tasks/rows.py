@@ -56,7 +56,7 @@ def sum_over_pixels(
       pixels: sums over the pixels of each example, `(logits [B, r, W, K], labels [B, r, W]) -> [B]`; a label equal to
         `fill` must add nothing.
       logits: float32 `[B, h, w, K]`.
-      labels: integers `[B, H, W]`.
+      labels: integers `[B, H, W]`, or `[B, H, W, C]` for whoever compares with more than a label.
       covers: the (height, width) that the logits stretch over, at least (H, W).
       fill: the label of the rows that complete the last block.
       rows: output rows per block; 0 chooses by memory.
@@ -68,13 +68,15 @@ def sum_over_pixels(
     rows = rows or automatic_rows(width, logits.shape[-1], height)
     plan = plan_rows(logits.shape[1], covers[0], height, min(rows, height))
     blocks, rows, n = plan.weights.shape
-    labels = jnp.pad(labels, ((0, 0), (0, blocks * rows - height), (0, 0)), constant_values=fill)
+    more = ((0, 0),) * (labels.ndim - 2)
+    labels = jnp.pad(labels, ((0, 0), (0, blocks * rows - height), *more), constant_values=fill)
 
     def block_sum(part, weights, block_labels):
         return pixels(_enlarge(part, weights, covers[1], width), block_labels)
 
     def blocked(labels):
-        return plan.starts, plan.weights, labels.reshape(len(labels), blocks, rows, width).swapaxes(0, 1)
+        by_block = labels.reshape(len(labels), blocks, rows, *labels.shape[2:]).swapaxes(0, 1)
+        return plan.starts, plan.weights, by_block
 
     @jax.custom_vjp
     def total(logits, labels):
@@ -103,7 +105,12 @@ def sum_over_pixels(
 
 
 def map_over_pixels(
-    pixels: Callable[[jax.Array], Any], logits: jax.Array, down: Samples, across: Samples, *, rows: int = 0
+    pixels: Callable[..., Any],
+    logits: jax.Array,
+    down: Samples,
+    across: Samples,
+    *beside: jax.Array,
+    rows: int = 0,
 ) -> Any:
     """What `pixels` makes of the sampled logits, by blocks of output rows.
 
@@ -111,6 +118,7 @@ def map_over_pixels(
       pixels: `[B, r, W, K] -> ` a pytree of arrays `[B, r, W, ...]`, each pixel by itself (an argmax, a maximum).
       logits: float32 `[B, h, w, K]`.
       down, across: samples of the H output rows and W columns.
+      beside: arrays `[B, H, W, ...]` of which `pixels` takes the same block of rows, after the logits.
       rows: output rows per block; 0 chooses by memory.
 
     Returns:
@@ -125,10 +133,15 @@ def map_over_pixels(
         values = values.swapaxes(0, 1)
         return values.reshape(values.shape[0], -1, *values.shape[3:])[:, :height]
 
-    def block(down):
-        return pixels(sample_axis(sample_axis(logits, down, 1), across, 2))
+    def split(values):  # [B, H, W, ...] -> [blocks, B, r, W, ...]
+        values = jnp.pad(values, ((0, 0), (0, blocks * rows - height), *((0, 0),) * (values.ndim - 2)))
+        return values.reshape(values.shape[0], blocks, rows, *values.shape[2:]).swapaxes(0, 1)
 
-    return jax.tree.map(join, jax.lax.map(block, down))
+    def block(part):
+        down, beside = part
+        return pixels(sample_axis(sample_axis(logits, down, 1), across, 2), *beside)
+
+    return jax.tree.map(join, jax.lax.map(block, (down, tuple(split(values) for values in beside))))
 
 
 def automatic_rows(width: int, channels: int, height: int) -> int:

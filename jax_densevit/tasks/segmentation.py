@@ -25,7 +25,7 @@ from jax_densevit.metrics.confusion import ConfusionMatrix
 from jax_densevit.metrics.metric import Metric
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.tasks import pictures
-from jax_densevit.tasks.losses import DENOMINATORS, LOSSES, segmentation_loss
+from jax_densevit.tasks.losses import DENOMINATORS, LOSSES, heads, segmentation_loss
 from jax_densevit.tasks.registry import register_task
 from jax_densevit.tasks.rooms import Samples, room_for, sample_axis, samples
 from jax_densevit.tasks.rows import automatic_rows, map_over_pixels
@@ -139,19 +139,9 @@ class SegmentationTask:
 
     def loss(self, output: DenseOutput, batch: Batch) -> dict[str, LossTerm]:
         """One term per head: the task's name, then "auxiliary_1", ... with their coefficients."""
-        weights = self.auxiliary_weight
-        if not isinstance(weights, tuple):
-            weights = (weights,) * len(output.auxiliary)
-        if len(weights) != len(output.auxiliary):
-            raise UserError(
-                f"task.auxiliary_weight has {len(weights)} factors, "
-                f"but the model has {len(output.auxiliary)} auxiliary heads."
-            )
-        heads = {self.kind: (output.logits, 1.0)}
-        heads |= {f"auxiliary_{i + 1}": head for i, head in enumerate(zip(output.auxiliary, weights, strict=True))}
         return {
             name: self.head_loss(self._checked(logits), batch["labels"], output.covers, coefficient)
-            for name, (logits, coefficient) in heads.items()
+            for name, (logits, coefficient) in heads(output, self.kind, self.auxiliary_weight).items()
         }
 
     def head_loss(
