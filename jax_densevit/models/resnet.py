@@ -136,9 +136,8 @@ def stages(model: ResNet) -> list[list[tuple[int, int, int]]]:
     """(width, stride, dilation) of every bottleneck of every stage."""
     possible = [4 * 2**s for s in range(len(model.blocks))]
     if model.output_stride not in possible:
-        raise UserError(
-            f"A ResNet of {len(possible)} stages has an output_stride of {possible}, not {model.output_stride}."
-        )
+        stride = model.output_stride
+        raise UserError(f"A ResNet of {len(possible)} stages has an output_stride among {possible}, not {stride}.")
     plan, reached, dilation = [], 4, 1
     for s, count in enumerate(model.blocks):
         stride, before = 1, dilation

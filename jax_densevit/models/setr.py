@@ -7,6 +7,11 @@ A bilinear resize commutes with a 1x1 classifier, so classifiers here run before
 smaller map; where that resize reaches the image's size it is left to the task altogether. Layers that the published
 modules own but never use (`conv_seg` in the official heads, MLA's class token) do not exist; `unused_in_publication`
 counts them.
+
+Hybrid-Base is known from the paper alone, its code was not released: a ResNet-50 in place of the patch embedding, at
+output stride 16 by dilation of its last stage, whose 2048 channels a linear layer takes to T-Base's tokens. That
+natural reading has 112,181,744 parameters in the published convention at 512 x 512 and 150 classes; the paper's table
+prints 112.59M, which no reading tried gives.
 """
 
 import math
@@ -19,11 +24,12 @@ import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.convolution import classifier, conv_norm
-from jax_densevit.layers.embedding import torch_uniform
+from jax_densevit.layers.embedding import native_grid, pad_to_multiple, torch_uniform
 from jax_densevit.layers.resize import resize_bilinear
-from jax_densevit.layers.transformer import layer_norm
+from jax_densevit.layers.transformer import encoder_macs, layer_norm
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.models.registry import register_model
+from jax_densevit.models.resnet import EXPANSION, ResNet, resnet_macs
 from jax_densevit.models.vit import SIZES, Backbone, backbone_macs
 
 DECODERS = ("naive", "pup", "mla")
@@ -169,8 +175,8 @@ def enlarge(x: jax.Array, scale: int) -> jax.Array:
 class Setr(nn.Module):
     """SETR: encoder, decoder and auxiliary heads.
 
-    Parameters: `backbone/...` (see `models.vit.Backbone`), `neck/...` (MLA), `decode_head/...` and
-    `auxiliary_head_<i>/...`.
+    Parameters: `stem/...` (hybrid, see `models.resnet.ResNet`), `backbone/...` (see `models.vit.Backbone`; in the
+    hybrid its patches are the stem's pixels), `neck/...` (MLA), `decode_head/...` and `auxiliary_head_<i>/...`.
     Auxiliary heads run only in training. Their order is shallow to deep, in mmseg's MLA deep to shallow.
 
     Logits leave at the size of the grid (Naive official, MLA's auxiliary heads), or 4 or 8 times it, see `DenseOutput`.
@@ -180,13 +186,15 @@ class Setr(nn.Module):
       flavor: "official" or "mmseg".
       num_classes: K.
       image_size: a side or (height, width), the native size of the position table: the training crop, usually.
+      blocks, stem_width: bottlenecks per stage of a ResNet with batch norm before the transformer, whose output stride
+        is `patch_size`, and the channels it starts with; no blocks for an ordinary patch embedding.
       head_channels: width of the heads' convolutions (MLA's branches have half of it).
       taps: blocks, counted from 1, that feed the auxiliary heads (Naive, PUP) or the pyramid (MLA, four of them).
         None takes the published ones, see `published_taps`.
       auxiliary: whether there are auxiliary heads.
       auxiliary_convs: convolutions in each auxiliary head of mmseg's Naive and PUP; 0 takes the Cityscapes configs'
         (1 in Naive, 2 in PUP). mmseg's ADE20K config of Naive has 2.
-      Others: see `models.vit.Backbone`. `remat="full"` recomputes the heads too.
+      Others: see `models.vit.Backbone`. `remat="full"` recomputes stem and heads too.
     """
 
     decoder: str = "naive"
@@ -198,6 +206,8 @@ class Setr(nn.Module):
     mlp_size: int = 4096
     patch_size: int = 16
     image_size: int | tuple[int, int] = (512, 512)
+    blocks: tuple[int, ...] = ()
+    stem_width: int = 64
     head_channels: int = 256
     taps: tuple[int, ...] | None = None
     auxiliary: bool = True
@@ -229,13 +239,17 @@ class Setr(nn.Module):
         check_name("SETR flavor", self.flavor, FLAVORS)
         covers = tuple(-(-side // self.patch_size) * self.patch_size for side in images.shape[1:3])
         grid = tuple(side // self.patch_size for side in covers)
+        patch_size, image_size = self.patch_size, self.image_size
+        if self.blocks:
+            images = self.stem(name="stem")(pad_to_multiple(images, patch_size), train)[-1]
+            patch_size, image_size = 1, native_grid(image_size, patch_size)
         tokens = Backbone(
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             mlp_size=self.mlp_size,
-            patch_size=self.patch_size,
-            image_size=self.image_size,
+            patch_size=patch_size,
+            image_size=image_size,
             taps=self.head_taps,
             cls_token=self.decoder != "mla",
             pos_rule=self.pos_rule,
@@ -274,6 +288,11 @@ class Setr(nn.Module):
         ]
         return logits, auxiliary
 
+    def stem(self, **options: Any) -> ResNet:
+        """The hybrid's ResNet."""
+        remat = self.remat == "full"
+        return ResNet(self.blocks, "batch", self.stem_width, self.patch_size, remat, dtype=self.dtype, **options)
+
     def stack_head(self, name: str | None, auxiliary: bool = False, **options: Any) -> StackHead:
         """The decode head (or an auxiliary head) of Naive and PUP in this flavour."""
         official, pup = self.flavor == "official", self.decoder == "pup"
@@ -299,7 +318,16 @@ class Setr(nn.Module):
 
 def _macs(model: Setr, size: tuple[int, int]) -> int:
     grid = tuple(-(-side // model.patch_size) for side in size)
-    total = backbone_macs(model, size, prefix=int(model.decoder != "mla"))
+    prefix = int(model.decoder != "mla")
+    if model.blocks:
+        stem, tokens = model.stem(parent=None), grid[0] * grid[1]
+        channels = EXPANSION * stem.width * 2 ** (len(stem.blocks) - 1)
+        total = (
+            resnet_macs(stem, tuple(side * model.patch_size for side in grid)) + tokens * channels * model.hidden_size
+        )
+        total += encoder_macs(tokens + prefix, model.hidden_size, model.num_layers, model.mlp_size)
+    else:
+        total = backbone_macs(model, size, prefix)
     if model.decoder != "mla":
         return total + model.stack_head(None, parent=None).macs(grid, model.hidden_size)
     neck = MlaNeck(model.head_channels, parent=None).macs(grid, model.hidden_size, 4)
@@ -324,7 +352,8 @@ for _decoder in DECODERS:
         variants={
             name: {"decoder": _decoder, "patch_size": 16, **SIZES[size]}
             for name, size in (("L/16", "L"), ("B/16", "B"), ("DeiT-B/16", "B"), ("S/16", "S"), ("Ti/16", "Ti"))
-        },
+        }
+        | ({"Hybrid-B/16": {"decoder": "naive", "blocks": (3, 4, 6, 3), **SIZES["B"]}} if _decoder == "naive" else {}),
         default_variant="L/16",
         macs=_macs,
         image_size=(512, 512),
