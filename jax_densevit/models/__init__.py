@@ -1,6 +1,6 @@
 """The published systems, one file each. Importing this package registers all of them and needs no TensorFlow."""
 
-from jax_densevit.models import coltran, setr, unet, vit, vitseg
+from jax_densevit.models import coltran, dpt, setr, unet, vit, vitseg
 from jax_densevit.models.output import ClassOutput, DenseOutput
 from jax_densevit.models.registry import create_model, registered_models
 
@@ -9,6 +9,7 @@ __all__ = [
     "DenseOutput",
     "coltran",
     "create_model",
+    "dpt",
     "registered_models",
     "setr",
     "unet",
