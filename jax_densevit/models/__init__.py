@@ -1,6 +1,6 @@
 """The published systems, one file each. Importing this package registers all of them and needs no TensorFlow."""
 
-from jax_densevit.models import coltran, dpt, setr, unet, vit, vitseg
+from jax_densevit.models import coltran, dpt, setr, spiral, unet, vit, vitseg
 from jax_densevit.models.output import ClassOutput, DenseOutput
 from jax_densevit.models.registry import create_model, registered_models
 
@@ -12,6 +12,7 @@ __all__ = [
     "dpt",
     "registered_models",
     "setr",
+    "spiral",
     "unet",
     "vit",
     "vitseg",
