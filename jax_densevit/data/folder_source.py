@@ -3,13 +3,15 @@
 import dataclasses
 
 import numpy as np
+from PIL import Image
 
 from jax_densevit.data.class_names import default_palette
+from jax_densevit.data.crops import nearest
 from jax_densevit.data.files import Pairing
 from jax_densevit.data.images import image_size, read_image, read_labels
 from jax_densevit.data.label_maps import LabelMap
 from jax_densevit.data.raw import RawExample, RawSource, is_inspecting
-from jax_densevit.data.source import DataInfo
+from jax_densevit.data.source import DataInfo, Example
 from jax_densevit.errors import UserError
 
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe")
@@ -25,6 +27,7 @@ class FolderSource(RawSource):
       label_map: what the mask values mean.
       unpaired: "fail" refuses a pairing with problems, "skip" goes on with the pairs there are.
       ignore_instance: see :class:`~jax_densevit.data.raw.RawSource`.
+      resize: (height, width) to which every example is resized, aspect not kept; (0, 0) leaves sizes alone.
 
     Attributes:
       pairs: the files of every example. problems: what :class:`Pairing` found.
@@ -41,12 +44,16 @@ class FolderSource(RawSource):
         *,
         unpaired: str = "fail",
         ignore_instance: int | None = None,
+        resize: tuple[int, int] = (0, 0),
     ):
         if unpaired not in ("fail", "skip"):
             raise UserError(f"{info.name}: unpaired={unpaired!r} must be 'fail' or 'skip'.")
         if not info.palette:
             info = dataclasses.replace(info, palette=default_palette(len(info.classes)))
         super().__init__(info, label_map, ignore_instance)
+        self.resize = tuple(resize)
+        if len(self.resize) != 2 or min(self.resize) < 0 or (any(self.resize) and not all(self.resize)):
+            raise UserError(f"{info.name}: the size {self.resize} must be (height, width) in pixels, or (0, 0).")
         self.pairs, self.problems = pairing.pairs, pairing.problems if unpaired == "fail" else ()
         if self.problems and not is_inspecting():
             more = f" (and {len(self.problems) - 1} more such problems)" if len(self.problems) > 1 else ""
@@ -65,8 +72,13 @@ class FolderSource(RawSource):
         return len(self.pairs)
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of image `index` as displayed, from the file's header."""
-        return image_size(self.pairs[index].image)
+        """(height, width) of image `index` as displayed, from the file's header; or that to which all are resized."""
+        return self.resize if all(self.resize) else image_size(self.pairs[index].image)
+
+    def read(self, index: int) -> Example:
+        """Reads and decodes one example, and resizes it where asked."""
+        example = super().read(index)
+        return resized(example, self.resize) if all(self.resize) else example
 
     def name_of(self, index: int) -> str:
         """The mask file of example `index`."""
@@ -84,3 +96,12 @@ class FolderSource(RawSource):
         if pair.instances is not None:
             instances = labels if pair.instances == pair.labels else read_labels(pair.instances)
         return RawExample(pair.id, read_image(pair.image), labels, instances, str(pair.image), str(pair.labels))
+
+
+def resized(example: Example, size: tuple[int, int]) -> Example:
+    """An example at exactly (height, width) `size`: the image by Pillow's antialiased bilinear filter, the rest by
+    nearest pixel centres.
+    """
+    pixels = Image.fromarray(example["image"]).resize(size[::-1], Image.Resampling.BILINEAR)
+    other = {name: nearest(example[name], size, (0, 0, *size)) for name in ("labels", "instances") if name in example}
+    return {**example, "image": np.array(pixels), **other}

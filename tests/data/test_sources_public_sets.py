@@ -81,6 +81,23 @@ def test_cityscapes_wrong_options(tmp_path, options, words):
         create_source("cityscapes", root=str(tmp_path), **options)
 
 
+def test_cityscapes_at_a_small_size(tmp_path):
+    full = cityscapes_tree(tmp_path)
+    large = create_source("cityscapes", root=str(tmp_path), split="train").read(1)
+    height, width = large["image"].shape[:2]
+    source = create_source("cityscapes", root=str(tmp_path), split="train", size=(2 * height, 3 * width))
+    example = source.read(1)
+    assert source.size(1) == example["image"].shape[:2] == (2 * height, 3 * width) and example["id"] == large["id"]
+    assert np.array_equal(example["labels"], full.repeat(2, 0).repeat(3, 1))  # never interpolated
+    half = create_source("cityscapes", root=str(tmp_path), split="train", size=(height // 2, width)).read(1)
+    rows = large["image"][1:5].astype(float)
+    middle = (rows[0] + 3 * rows[1] + 3 * rows[2] + rows[3]) / 8  # a triangle as wide as the new pixels: antialiased
+    assert height == 6 and np.abs(half["image"][1] - middle).max() <= 1
+    assert len(half["labels"]) == height // 2
+    with pytest.raises(UserError, match=r"size \(256, 0\) must be"):
+        create_source("cityscapes", root=str(tmp_path), split="train", size=(256, 0))
+
+
 def test_train_ids_under_the_name_of_label_ids_cannot_pass_for_each_other(tmp_path):
     # labelIds read as labelTrainIds: ids 19..33 belong to no class.
     cityscapes_tree(tmp_path)

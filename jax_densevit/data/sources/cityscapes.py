@@ -27,7 +27,9 @@ def cityscapes_info() -> DataInfo:
 
 
 @register_source("cityscapes")
-def cityscapes(root: str, split: str, ids: str = "auto", coarse: bool = False) -> FolderSource:
+def cityscapes(
+    root: str, split: str, ids: str = "auto", coarse: bool = False, size: tuple[int, int] = (0, 0)
+) -> FolderSource:
     """Cityscapes, 19 classes: 2,975 train, 500 val fine annotations of 1024x2048 (19,998 coarse in train_extra).
 
     Args:
@@ -36,6 +38,8 @@ def cityscapes(root: str, split: str, ids: str = "auto", coarse: bool = False) -
       ids: which masks to read: "labelIds" (as downloaded), "labelTrainIds" (written by cityscapesScripts), or "auto",
         the latter where the split has them. Both give the same labels.
       coarse: read gtCoarse instead of gtFine.
+      size: (height, width) to which images and labels are resized, aspect not kept, as small studies do: (256, 256) for
+        ViTSeg, (140, 280) for Seq2Seg. `prepare` saves reading the large files every time.
     """
     if split == "test":
         raise UserError("cityscapes: the annotations of the test split are not public; evaluate on split='val'.")
@@ -50,4 +54,4 @@ def cityscapes(root: str, split: str, ids: str = "auto", coarse: bool = False) -
     if ids == "auto":
         ids = "labelTrainIds" if list_images(folder, f"_{kind}_labelTrainIds.png") else "labelIds"
     pairing = pair_by_name(images, list_images(folder, f"_{kind}_{ids}.png"))
-    return FolderSource(cityscapes_info(), pairing, cityscapes_label_map(ids))
+    return FolderSource(cityscapes_info(), pairing, cityscapes_label_map(ids), resize=size)
