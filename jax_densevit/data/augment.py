@@ -30,19 +30,19 @@ def augment(
     Args:
       batch: "image" uint8 [B, H, W, 3], "seed" uint32 [B, 2]; "labels", "instances" [B, H, W] follow the image; "size"
         int32 [B, 2], the height and width before padding at the bottom and on the right, keeps distortion out of the
-        padding, and padding where it is when images are flipped. Other entries pass through.
+        padding, and padding where it is. Other entries pass through.
       flip, vertical_flip: the probability of a mirror image, left-right and upside-down.
-      rotate90: turn by 0, 90, 180 or 270 degrees, each as likely (padding turns too).
+      rotate90: turn by 0, 90, 180 or 270 degrees, each as likely.
       photometric: distort brightness, contrast, saturation and hue.
 
     Returns:
-      The batch with those arrays replaced, and without "size".
+      The batch with those arrays replaced; "size", if it is there, with the sides of turned images swapped.
 
     Raises:
       UserError: `rotate90` for images that are not square.
     """
     batch = dict(batch)
-    size = batch.pop("size", None)
+    size = batch.get("size")
     height, width = batch["image"].shape[1:3]
     if rotate90 and height != width:
         raise UserError(f"data.rotate90 needs square crops, but they are {height}x{width}: change data.crop.")
@@ -53,17 +53,23 @@ def augment(
             inside = (jnp.arange(height) < size[:, :1])[:, :, None] & (jnp.arange(width) < size[:, 1:])[:, None, :]
             distorted = jnp.where(inside[..., None], distorted, batch["image"])
         batch["image"] = distorted
+    turns = (draws[:, 2] * 4).astype(jnp.int32)
+    turned = turns % 2 == 1
+    rows, columns = (None, None) if size is None else size.T
+    rows_after, columns_after = rows, columns
+    if rotate90 and size is not None:
+        batch["size"] = _where(turned, size[:, ::-1], size)
+        rows_after, columns_after = batch["size"].T
     for name in _GEOMETRIC:
         if name in batch:
             x = batch[name]
             if flip:
-                x = _where(draws[:, 0] < flip, _mirrored(x, 2, None if size is None else size[:, 1]), x)
+                x = _where(draws[:, 0] < flip, _mirrored(x, 2, columns), x)
             if vertical_flip:
-                x = _where(draws[:, 1] < vertical_flip, _mirrored(x, 1, None if size is None else size[:, 0]), x)
+                x = _where(draws[:, 1] < vertical_flip, _mirrored(x, 1, rows), x)
             if rotate90:
-                turns = (draws[:, 2] * 4).astype(jnp.int32)
-                x = _where(turns % 2 == 1, jnp.rot90(x, axes=(1, 2)), x)
-                x = _where(turns >= 2, x[:, ::-1, ::-1], x)
+                x = _where(turned, _turned(x, columns), x)
+                x = _where(turns >= 2, _mirrored(_mirrored(x, 1, rows_after), 2, columns_after), x)
             batch[name] = x
     return batch
 
@@ -176,9 +182,19 @@ def _mirrored(x: jax.Array, axis: int, size: jax.Array | None) -> jax.Array:
         return mirrored
     length = x.shape[axis]
     # The mirror image ends with what was in front: it starts at `length - size`.
-    twice = jnp.concatenate([mirrored, x], axis)
-    moved = jax.vmap(lambda one, start: jax.lax.dynamic_slice_in_dim(one, start, length, axis - 1))(
-        twice, length - size
-    )
+    moved = _from(mirrored, x, length - size, axis)
     inside = jnp.arange(length) < size[:, None]
     return jnp.where(inside.reshape(x.shape[0], *(length if a == axis else 1 for a in range(1, x.ndim))), moved, x)
+
+
+def _turned(x: jax.Array, columns: jax.Array | None) -> jax.Array:
+    """x [B, S, S, ...] turned left by 90 degrees; with `columns` int32 [B], those that are not padding."""
+    turned = jnp.rot90(x, axes=(1, 2))
+    # The padding that was on the right is on top now; it goes below.
+    return turned if columns is None else _from(turned, turned, x.shape[1] - columns, 1)
+
+
+def _from(x: jax.Array, then: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+    """x from `start` int32 [B] on along an axis, filled up with the beginning of `then`."""
+    twice, length = jnp.concatenate([x, then], axis), x.shape[axis]
+    return jax.vmap(lambda one, at: jax.lax.dynamic_slice_in_dim(one, at, length, axis - 1))(twice, start)

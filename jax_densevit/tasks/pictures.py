@@ -48,25 +48,36 @@ def sheet(examples: Sequence[dict[str, Any]], info: DataInfo) -> Image.Image:
         "predicted_colors" uint8 `[H, W, 3]`, where a model paints, has a column of its own.
       info: class names, palette and ignore value.
     """
-    font, bold = _font(14), _font(16)
     painted = ["output"] if all("predicted_colors" in example for example in examples) else []
     columns = ["image", *painted, "prediction"]
     if all("labels" in example for example in examples):
         columns += ["labels", "errors"]
-    width = 2 * _MARGIN + len(columns) * _CELL + (len(columns) - 1) * _GAP
     rows = []
     for example in examples:
-        cells = [_fit(example["image"])]
-        cells += [_fit(example["predicted_colors"], nearest=True)] if painted else []
-        cells.append(_fit(paint(example["predicted_labels"], info), nearest=True))
+        cells = [fit(example["image"])]
+        cells += [fit(example["predicted_colors"], nearest=True)] if painted else []
+        cells.append(fit(paint(example["predicted_labels"], info), nearest=True))
         if "labels" in columns:
-            cells += [_fit(paint(example["labels"], info), nearest=True), _fit(_errors(example, info), nearest=True)]
+            cells += [fit(paint(example["labels"], info), nearest=True), fit(_errors(example, info), nearest=True)]
         rows.append((cells, _caption(example, info)))
     shown = _present(examples, info)
-    legend = _legend([(info.classes[i], colors(info)[i]) for i in shown] + [("not labelled", IGNORED)], width, font)
-    title = 34
-    height = title + sum(max(cell.height for cell in cells) + 30 for cells, _ in rows) + legend.height + _MARGIN
-    page = Image.new("RGB", (width, height), PAPER)
+    entries = [(info.classes[i], colors(info)[i]) for i in shown] + [("not labelled", IGNORED)]
+    legend = _legend(entries, _page_width(columns), _font(14))
+    return page(columns, rows, legend)
+
+
+def page(columns: Sequence[str], rows: Sequence[tuple[Sequence[Image.Image], str]], footer: Any = None) -> Image.Image:
+    """Pictures in titled columns on white paper.
+
+    Args:
+      columns: the titles.
+      rows: per row one picture per column, from :func:`fit`, and the caption below them.
+      footer: a picture as wide as the page, such as a legend.
+    """
+    font, bold = _font(14), _font(16)
+    title, below = 34, 0 if footer is None else footer.height
+    height = title + sum(max(cell.height for cell in cells) + 30 for cells, _ in rows) + below + _MARGIN
+    page = Image.new("RGB", (_page_width(columns), height), PAPER)
     draw = ImageDraw.Draw(page)
     for i, name in enumerate(columns):
         draw.text((_MARGIN + i * (_CELL + _GAP) + _CELL // 2, title // 2 + 4), name, INK, bold, anchor="mm")
@@ -80,7 +91,8 @@ def sheet(examples: Sequence[dict[str, Any]], info: DataInfo) -> Image.Image:
             draw.rectangle((left - 1, top - 1, left + cell.width, top + cell.height), outline=FRAME)
         draw.text((_MARGIN, top + row + 5), caption, FAINT, font)
         top += row + 30
-    page.paste(legend, (0, top))
+    if footer is not None:
+        page.paste(footer, (0, top))
     return page
 
 
@@ -254,7 +266,11 @@ def _legend(entries: Sequence[tuple[str, Any]], width: int, font) -> Image.Image
     return page
 
 
-def _fit(picture: np.ndarray, nearest: bool = False) -> Image.Image:
+def _page_width(columns: Sequence[str]) -> int:
+    return 2 * _MARGIN + len(columns) * _CELL + (len(columns) - 1) * _GAP
+
+
+def fit(picture: np.ndarray, nearest: bool = False) -> Image.Image:
     """Into a cell, aspect kept. Tiny pictures grow so that their pixels stay visible; label maps never mix colours."""
     picture = Image.fromarray(picture)
     factor = min(_CELL / picture.width, _CELL * 1.5 / picture.height)

@@ -58,8 +58,9 @@ def assert_joint(batch):
 class TestGeometry:
     def test_nothing_asked_nothing_changed(self):
         batch = a_batch()
-        out = run(batch | {"size": np.full((64, 2), 12, np.int32)})
-        assert out.keys() == batch.keys(), "size has served"
+        batch["size"] = np.full((64, 2), 12, np.int32)
+        out = run(batch)
+        assert out.keys() == batch.keys()
         for name in batch:
             np.testing.assert_array_equal(out[name], batch[name])
 
@@ -112,6 +113,22 @@ class TestGeometry:
             for result in (out, plain):
                 assert (result["image"][i, height:] == 77).all() and (result["image"][i, :, width:] == 77).all()
                 assert (result["labels"][i, height:] == 255).all() and (result["labels"][i, :, width:] == 255).all()
+
+    def test_padding_stays_where_it_is_when_images_turn(self):
+        batch = a_batch(200, 10, 10)
+        batch["size"] = np.stack([np.arange(200) % 10 + 1, np.arange(200) // 10 % 10 + 1], 1).astype(np.int32)
+        for i, (height, width) in enumerate(batch["size"]):
+            batch["image"][i, height:] = batch["image"][i, :, width:] = 77
+        out = run(batch, rotate90=True)
+        seen = set()
+        for i, (height, width) in enumerate(batch["size"]):
+            inner = batch["image"][i, :height, :width]
+            rows, columns = out["size"][i]
+            turns = [k for k in range(4) if np.array_equal(np.rot90(inner, k), out["image"][i, :rows, :columns])]
+            assert turns, "what is no padding lies in the top left corner, turned"
+            seen |= set(turns) if len(turns) == 1 else set()
+            assert (out["image"][i, rows:] == 77).all() and (out["image"][i, :, columns:] == 77).all()
+        assert seen == {0, 1, 2, 3}
 
 
 class TestColors:
