@@ -77,7 +77,8 @@ def default_config() -> ConfigDict:
             "sharding_rules": (),
             # Start from the parameters of another workdir; patterns name what may be left at its initial value.
             "init": {"workdir": "", "leave_out": ()},
-            "checkpoint": {"every": 1000, "keep": 2, "best": ""},  # best: "<evaluator>/<number>", e.g. "val/mIoU"
+            # best: "<evaluator>/<number>", e.g. "val/mIoU"; "-val/L1" where less is better.
+            "checkpoint": {"every": 1000, "keep": 2, "best": ""},
             "log": {"every": 50, "tensorboard": True, "profile_at": 0},
         }
     )
@@ -183,7 +184,7 @@ def check_config(config: ConfigDict) -> None:
         )
     if config.data.on_bad not in ("fail", "skip"):
         raise UserError(f"config.data.on_bad={config.data.on_bad!r} must be 'fail' or 'skip'.")
-    best = config.checkpoint.best
+    best = config.checkpoint.best.removeprefix("-")
     if best and best.partition("/")[0] not in config.eval:
         raise UserError(f"config.checkpoint.best={best!r} names no evaluator{did_you_mean(best, config.eval)}")
 

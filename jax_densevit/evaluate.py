@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         if jax.process_index() == 0:
             name = "_".join([evaluator.name, *(f"{key}={_short(value)}" for key, value in decode.items())])
             paths = save_evaluation(found, evaluator.task, arguments.workdir, name, loaded.step, facts)
-            _print(console, found, evaluator.name, loaded.step)
+            _print(console, found, evaluator, loaded.step)
             for path in paths:
                 console.print(str(path), soft_wrap=True, highlight=False)
     return 0
@@ -89,12 +89,14 @@ def _evaluators(
     return build_evaluators(config, loaded.info, names)
 
 
-def _print(console: Console, found: Evaluation, name: str, step: int) -> None:
-    table = Table(title=f"{name}, step {step}, {found.count} examples")
+def _print(console: Console, found: Evaluation, evaluator: Evaluator, step: int) -> None:
+    table = Table(title=f"{evaluator.name}, step {step}, {found.count} examples")
     table.add_column("score", overflow="fold")
-    table.add_column("%", justify="right", overflow="fold")
+    show, unit = (_cell, "%") if evaluator.task.percent else (_number, "value")
+    for title in (unit, *found.baselines):
+        table.add_column(title, justify="right", overflow="fold")
     for key, value in found.summary.items():
-        table.add_row(key, _cell(value))
+        table.add_row(key, show(value), *(show(numbers[key]) for numbers in found.baselines.values()))
     console.print(table)
     rows: dict[str, dict[str, Any]] = {}
     for result in found.results.values():  # one table of all that is known of a class
@@ -115,6 +117,10 @@ def _cell(value: Any) -> str:
     if value is None or value != value:
         return "-"
     return f"{100 * value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _number(value: float) -> str:
+    return "-" if value != value else f"{value:.4g}"
 
 
 def _short(value: Any) -> str:

@@ -62,6 +62,7 @@ class SegmentationTask:
       loss_rows: output rows per block of the fused resize and loss; 0 = by memory.
     """
 
+    percent: ClassVar[bool] = True
     kind: ClassVar[str] = "segmentation"
     losses: ClassVar[tuple[str, ...]] = LOSSES
 
@@ -269,6 +270,10 @@ class SegmentationTask:
             "boundary_IoU": results["boundary"]["mean_boundary_IoU"],
         }
         return {name: float("nan") if value is None else value for name, value in numbers.items()}
+
+    def baselines(self, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+        """None."""
+        return {}
 
     def protocol(self) -> dict[str, Any]:
         """How predictions are made, JSON-ready: whatever changes a score."""

@@ -11,7 +11,9 @@ from PIL import Image
 
 from jax_densevit.metrics.metric import Metric
 
-Batch = dict[str, Any]  # "image" uint8 [B,H,W,3], "labels" uint8 [B,H,W], "mask" bool [B] in evaluation, ...
+# "image" uint8 [B,H,W,3], "labels" uint8 [B,H,W] where the source has some; in training on crops "size" int32 [B,2],
+# the height and width that are not padding; in evaluation "mask" bool [B], and "size" as `decode` says.
+Batch = dict[str, Any]
 
 
 @flax.struct.dataclass
@@ -32,9 +34,11 @@ class Task(Protocol):
 
     Attributes:
       num_outputs: output channels that a dense model needs for this task (its `num_classes`).
+      percent: whether the numbers of :meth:`summary` are shares in [0, 1], shown to people in per cent.
     """
 
     num_outputs: int
+    percent: bool
 
     def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
         """The model's positional arguments from a batch: normalised float32 images, most often. Runs inside `jit`."""
@@ -64,6 +68,13 @@ class Task(Protocol):
 
     def summary(self, results: dict[str, dict[str, Any]]) -> dict[str, float]:
         """The few numbers worth a line on the screen, e.g. `{"mIoU": 0.71}`; the first is 'the' score."""
+        ...
+
+    def baselines(self, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+        """The numbers of :meth:`summary` for trivial answers to the same examples, by name; empty where none is known.
+
+        They are shown beside the score, which says little without them.
+        """
         ...
 
     def protocol(self) -> dict[str, Any]:

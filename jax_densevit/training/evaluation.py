@@ -31,12 +31,14 @@ class Evaluation:
     Attributes:
       results: per metric, what its `compute` returned: JSON-ready.
       summary: the few numbers for a line on the screen, the first being 'the' score.
+      baselines: the same numbers of trivial answers, by name.
       examples: for the picture sheet: "image", "labels", ..., "name" of an example, predictions as "predicted_<name>".
       count: how many examples were measured: all of them.
     """
 
     results: dict[str, dict[str, Any]]
     summary: dict[str, float]
+    baselines: dict[str, dict[str, float]]
     examples: list[dict[str, Any]]
     count: int
 
@@ -112,9 +114,8 @@ def evaluate(
     if count != total:
         raise RuntimeError(f"{count} examples were measured where the source has {total}")
     results = {name: metric.compute(states[name]) for name, metric in metrics.items()}
-    return Evaluation(
-        results, task.summary(results), [_example(source, i, examples[i]) for i in sorted(examples)], count
-    )
+    shown_examples = [_example(source, i, examples[i]) for i in sorted(examples)]
+    return Evaluation(results, task.summary(results), task.baselines(results), shown_examples, count)
 
 
 def save_evaluation(
@@ -145,7 +146,8 @@ def save_evaluation(
         "evaluator": name,
         "step": int(step),
         "examples": evaluation.count,
-        "summary": {key: value if np.isfinite(value) else None for key, value in evaluation.summary.items()},
+        "summary": _json_ready(evaluation.summary),
+        "baselines": {kind: _json_ready(numbers) for kind, numbers in evaluation.baselines.items()},
         "protocol": task.protocol(),
         **facts,
         **evaluation.results,
@@ -167,6 +169,10 @@ def _measure(task: Task, mesh: Mesh) -> Callable:
 def _row(mesh: Mesh) -> Callable:
     """One row of every array, whole on every host."""
     return jax.jit(lambda arrays, row: jax.tree.map(lambda array: array[row], arrays), out_shardings=replicated(mesh))
+
+
+def _json_ready(numbers: dict[str, float]) -> dict[str, float | None]:
+    return {key: value if np.isfinite(value) else None for key, value in numbers.items()}
 
 
 def _example(source: Source, index: int, predicted: dict[str, np.ndarray]) -> dict[str, Any]:
