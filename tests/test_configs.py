@@ -31,6 +31,8 @@ CONFIGS = {
     "own_folder": (2, ("", "unet", "setr"), ("quick", "setr,quick")),
     "setr/ade20k": (150, ("", *SETR, "160k"), ("quick", "naive_deit,mmseg,multiscale,quick")),
     "setr/cityscapes": (19, ("", *ROWS, "40k", "80k", "100k"), ("mla_base,quick",)),
+    "vitseg/cityscapes": (19, ("", "grid", "rows", "spiral"), ("quick", "spiral,quick")),
+    "vitseg/digits": (11, ("", "grid", "spiral"), ("rows,quick",)),
     "setr/pascal_context": (60, ("", *ROWS, "80k", "multiscale"), ("mla_large,mmseg,quick",)),
 }
 FULL = [(name, arg) for name, (_, args, _) in CONFIGS.items() for arg in args]
@@ -80,13 +82,13 @@ def test_full_size(name, arg):
     config = read(name, arg)
     info = DataInfo(name, tuple(str(k) for k in range(classes)), tuple((k, k, k) for k in range(classes)))
     options = {**config.task.to_dict()}
-    create_task(options.pop("name"), info, **options)
+    task = create_task(options.pop("name"), info, **options)
     for evaluator in config.eval.values():
         decode = {**config.task.to_dict(), **evaluator.decode.to_dict()}
         create_task(decode.pop("name"), info, **decode)
-    model = create_model(**config.model.to_dict(), num_classes=classes)
+    model = create_model(**config.model.to_dict(), num_classes=task.num_outputs)
     params, output = abstract(model)
-    assert output.logits.shape[-1] == classes and output.logits.dtype == jnp.float32
+    assert output.logits.shape[-1] == task.num_outputs and output.logits.dtype == jnp.float32
     make_optimizer(config.optimizer, params, config.steps)  # multipliers match, the warm-up fits
     height, width = tuple(config.data.crop) if all(config.data.crop) else config.data.train.size
     assert find_model(config.model.name).macs(model, (height, width)) > 0
