@@ -36,9 +36,12 @@ def counter_hash(*counters) -> np.ndarray:
     return np.asarray(mixed)
 
 
-def scalar_hash(*counters: int) -> int:
-    """:func:`counter_hash` of Python integers: for a single number several times faster than NumPy."""
-    mixed = 0
+def scalar_hash(*counters: int, start: int = 0) -> int:
+    """:func:`counter_hash` of Python integers: for a single number several times faster than NumPy.
+
+    `scalar_hash(a, b)` is `scalar_hash(b, start=scalar_hash(a))`.
+    """
+    mixed = start
     for counter in counters:
         mixed = _splitmix64_of_int(mixed ^ _splitmix64_of_int(counter & _MASK))
     return mixed

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from jax_densevit.data import order
-from jax_densevit.data.crops import RandomCrop
+from jax_densevit.data.crops import RandomCrop, aligned_empty
 from jax_densevit.data.feeders import tensorflow_feed, threads_feed
 from jax_densevit.data.source import Example, Source
 from jax_densevit.errors import UserError
@@ -203,27 +203,45 @@ class Reader:
     def local_batch(self) -> int:
         return self.rows.stop - self.rows.start
 
+    @property
+    def resizes(self) -> bool:
+        return self.crop is not None and self.crop.box != (0, 0)
+
     def planned(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(index, epoch) of this host's rows of a global batch, were all files readable."""
         positions = step * self.batch_size + np.arange(self.rows.start, self.rows.stop)
         return order.examples_at(positions, self.seed, len(self.source))
 
-    def __call__(self, place: int) -> dict[str, np.ndarray]:
-        """The example at `place` = step * local batch + row; a failure is kept in `failures` and gives index -1."""
+    def empty(self, count: int) -> Batch:
+        """Room for `count` examples, uninitialised: the arrays that :meth:`__call__` writes, by name.
+
+        When examples are to be resized, "image" is not among them: its size is known only when it is read.
+        """
+        height, width = self.crop.crop if self.crop else self.first_size
+        shapes = {"image": ((height, width, 3), np.uint8), "labels": ((height, width), np.uint8)}
+        shapes |= {"instances": ((height, width), np.uint16), "size": ((2,), np.int32), "box": ((4,), np.float32)}
+        names = [name for name in self.names if not (self.resizes and name == "image")]
+        extra = ["size", "box"] if self.resizes else ["size"] if self.crop else []
+        batch = {name: aligned_empty((count, *shapes[name][0]), shapes[name][1]) for name in [*names, *extra]}
+        return batch | {"index": np.empty(count, np.int32)}
+
+    def __call__(self, place: int, example: Batch) -> None:
+        """Reads the example at `place` = step * local batch + row into a row of :meth:`empty`'s arrays.
+
+        When examples are to be resized, "image" is entered into `example`. A failure is kept in `failures` and gives
+        index -1.
+        """
         try:
-            return self._example(place)
+            self._read(place, example)
         except Exception as error:  # raised again by the consumer, in its own thread
             self.failures[place] = error
-            size = self.crop.crop if self.crop else self.first_size
-            blank = {name: np.zeros(size, np.uint16 if name == "instances" else np.uint8) for name in self.names}
-            blank["image"] = np.zeros((*size, 3), np.uint8)
-            return blank | {
-                "index": np.int32(-1),
-                "size": np.array(size, np.int32),
-                "box": np.zeros(4, np.float32),
-            }
+            example["index"][...] = -1
+            if self.resizes:
+                example["image"] = np.zeros((1, 1, 3), np.float32)
+                example["size"][...] = self.crop.crop
+                example["box"][...] = 0
 
-    def _example(self, place: int) -> dict[str, np.ndarray]:
+    def _read(self, place: int, out: Batch) -> None:
         n = len(self.source)
         step, row = divmod(place, self.local_batch)
         epoch, at = divmod(step * self.batch_size + self.rows.start + row, n)
@@ -232,16 +250,16 @@ class Reader:
         image = example["image"]
         check_fit(example, self.names, image.shape[:2])
         if self.crop:
-            result = self.crop(example, order.augmentation_seed(self.seed, epoch, int(permutation[at])))
+            self.crop(example, order.augmentation_seed(self.seed, epoch, int(permutation[at])), out)
         elif image.shape[:2] != self.first_size:
             raise UserError(
                 f"{example['id']} has size {image.shape[:2]} and {self.first_id} has size {self.first_size}: "
                 "set data.crop to (height, width) to train on crops of one size."
             )
         else:
-            result = {name: example[name] for name in self.names}
-        result["index"] = np.int32(index)
-        return result
+            for name in self.names:
+                out[name][...] = example[name]
+        out["index"][...] = index
 
     def _readable(self, permutation: np.ndarray, at: int) -> tuple[int, Example]:
         """The example at a place of an epoch's permutation, or the next one after it that can be read."""

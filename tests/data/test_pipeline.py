@@ -285,7 +285,7 @@ class TestResize:
                 scaled = scaled_size(example["image"].shape[:2], (80, 60), 0.5 + 1.5 * next(draws))
                 scales.append(scaled[0] / example["image"].shape[0])
                 whole = bilinear(example["image"], scaled)
-                y, x, height, width = cut._window(scaled, None, draws)
+                (y, x, height, width), _ = cut._window(scaled, None, draws)
                 assert (height, width) == tuple(batch["size"][row]) == tuple(cut(example, seed)["size"])
                 ours = batch["image"][row, :height, :width].astype(float)
                 assert np.abs(ours - whole[y : y + height, x : x + width]).max() <= 0.505
