@@ -183,12 +183,8 @@ class Colorfulness:
         }
 
     def _of_pictures(self, state: State, whose: str) -> np.ndarray:
-        rg, yb, rg2, yb2 = (
-            _sums(f"{whose}_{what}", state) / (unit * state["pixels"])
-            for what, unit in (("rg", 1), ("yb", 2), ("rg2", 1), ("yb2", 4))
-        )
-        variance = np.maximum(rg2 - rg**2, 0) + np.maximum(yb2 - yb**2, 0)
-        return np.sqrt(variance) + 0.3 * np.sqrt(rg**2 + yb**2)
+        units = {"rg": 1, "yb": 2, "rg2": 1, "yb2": 4}
+        return _colorfulness(*(_sums(f"{whose}_{of}", state) / (unit * state["pixels"]) for of, unit in units.items()))
 
 
 class PictureMetrics:
@@ -222,6 +218,19 @@ class PictureMetrics:
     def compute(self, state: State) -> dict[str, Any]:
         """The results of all parts in one dict."""
         return {key: value for name, part in self.parts.items() for key, value in part.compute(state[name]).items()}
+
+
+def colorfulness(picture: np.ndarray) -> float:
+    """The colorfulness of one picture, uint8 `[H, W, 3]`, on the host; see :class:`Colorfulness`."""
+    red, green, blue = np.moveaxis(np.asarray(picture, np.float64), -1, 0)
+    rg, yb = red - green, (red + green) / 2 - blue
+    return float(_colorfulness(rg.mean(), yb.mean(), (rg**2).mean(), (yb**2).mean()))
+
+
+def _colorfulness(rg, yb, rg2, yb2):
+    """From the means of rg, yb and their squares."""
+    variance = np.maximum(rg2 - rg**2, 0) + np.maximum(yb2 - yb**2, 0)
+    return np.sqrt(variance) + 0.3 * np.sqrt(rg**2 + yb**2)
 
 
 def ssim_map(truth: jax.Array, picture: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """What is learned: loss, decoding, metrics and picture sheet, one file per task."""
 
-from jax_densevit.tasks import palette, segmentation, spiral
+from jax_densevit.tasks import colorization, palette, segmentation, spiral
 from jax_densevit.tasks.registry import create_task
 
-__all__ = ["create_task", "palette", "segmentation", "spiral"]
+__all__ = ["colorization", "create_task", "palette", "segmentation", "spiral"]

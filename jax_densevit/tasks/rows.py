@@ -64,7 +64,7 @@ def sum_over_pixels(
     Returns:
       float32 `[B]`.
     """
-    height, width = labels.shape[1:]
+    height, width = labels.shape[1:3]
     rows = rows or automatic_rows(width, logits.shape[-1], height)
     plan = plan_rows(logits.shape[1], covers[0], height, min(rows, height))
     blocks, rows, n = plan.weights.shape

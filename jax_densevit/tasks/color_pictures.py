@@ -1,0 +1,46 @@
+"""What a person looks at when pictures are colored: sheets of gray, colored and true pictures, and files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jax_densevit.metrics.image import colorfulness
+from jax_densevit.tasks import pictures
+from jax_densevit.writing import whole_file, write_json
+
+
+def sheet(rows: Sequence[dict[str, Any]]) -> Image.Image:
+    """A picture sheet: gray, then every model in the order of the first row, then the truth.
+
+    Args:
+      rows: each with "gray" uint8 `[H, W]`, "truth" uint8 `[H, W, 3]`, "name", and pictures uint8 `[H, W, 3]` under the
+        names of their models, such as "model" or "U-Net". Captions say their PSNR.
+    """
+    models = [name for name in rows[0] if name not in ("gray", "truth", "name")]
+    laid_out = []
+    for row in rows:
+        height, width = row["truth"].shape[:2]
+        parts = [str(row["name"])] if row.get("name") else []
+        parts.append(f"{width} x {height}")
+        gray = np.repeat(row["gray"][..., None], 3, 2)
+        shown = [gray, *(row[name] for name in models), row["truth"]]
+        for name, picture in zip(("gray", *models), shown, strict=False):
+            parts.append(f"{name} {_decibels(row['truth'], picture)}")
+        laid_out.append(([pictures.fit(np.asarray(picture)) for picture in shown], "   ·   ".join(parts)))
+    return pictures.page(["gray", *models, "truth"], laid_out)
+
+
+def write(picture: np.ndarray, paths: Sequence[Path], facts: dict[str, Any]) -> None:
+    """Writes a colored picture uint8 `[H, W, 3]` as PNG and its JSON to the two `paths`."""
+    with whole_file(paths[0]) as part:
+        Image.fromarray(picture).save(part)
+    size = {"height": picture.shape[0], "width": picture.shape[1]}
+    write_json(paths[1], {**facts, **size, "colorfulness": colorfulness(picture)})
+
+
+def _decibels(truth: np.ndarray, picture: np.ndarray) -> str:
+    error = np.mean((truth.astype(np.float64) - picture) ** 2)
+    return "identical" if error == 0 else f"{10 * np.log10(255**2 / error):.1f} dB"
