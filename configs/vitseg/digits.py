@@ -2,7 +2,7 @@
 
 Command:   python -m jax_densevit.train --config=configs/vitseg/digits.py:grid --workdir=runs/vitseg_grid
            python -m jax_densevit.train --config=configs/vitseg/digits.py:rows --workdir=runs/vitseg_rows
-           python docs/studies/vitseg_rows_and_grid.py runs/vitseg_grid runs/vitseg_rows --output=docs/studies
+           python docs/studies/curves.py runs/vitseg_grid runs/vitseg_rows --output=curves.png
 Words:     grid (default), rows, spiral, quick (steps of a second, learns nothing)
 Hardware:  a laptop: two CPU cores, 2 GB of memory; some minutes each
 Expected:  see docs/studies/vitseg_rows_and_grid.md
@@ -38,11 +38,11 @@ def get_config(arg=""):
     config.task = recipe.task(form)
     recipe.schedule(config, form)
     config.batch_size = 32
-    config.steps = 1_000
+    config.steps = 500
     config.eval.val = default_evaluator()
     config.eval.val.data = ConfigDict({**scenes, "split": "val"})
     config.eval.val.limit = 200
-    config.eval.val.every = 100
+    config.eval.val.every = 50
     config.eval.val.batch_size = 50
     config.checkpoint.every = 500
     if "quick" in given:
