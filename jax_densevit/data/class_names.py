@@ -2,7 +2,8 @@
 
 Cityscapes: the 19 evaluated classes in trainId order. ADE20K: the 150 classes of ADEChallengeData2016. Pascal Context:
 the 60 classes in the order of their ids, which is alphabetical (SETR's repository lists the names in VOC's order and so
-labels the wrong rows of its table). VOC 2012: background and 20 classes.
+labels the wrong rows of its table). VOC 2012: background and 20 classes. NYU40: ids 1..40 of NYU Depth v2 as Hypersim
+uses them, with Hypersim's colors.
 """
 
 
@@ -95,3 +96,19 @@ VOC2012_CLASSES = _names(
     """
 )
 VOC2012_PALETTE = default_palette(21)
+
+NYU40_CLASSES = _names(
+    """
+    wall; floor; cabinet; bed; chair; sofa; table; door; window; bookshelf; picture; counter; blinds; desk; shelves;
+    curtain; dresser; pillow; mirror; floor mat; clothes; ceiling; books; refrigerator; television; paper; towel;
+    shower curtain; box; whiteboard; person; nightstand; toilet; sink; lamp; bathtub; bag; other structure;
+    other furniture; other prop
+    """
+)
+NYU40_PALETTE = _colors(
+    """
+    aec7e8 98df8a 1f77b4 ffbb78 bcbd22 8c564b ff9896 d62728 c5b0d5 9467bd c49c94 17becf b24c4c f7b6d2 42bc66 dbdb8d
+    8c39c5 cab934 33b0cb c83683 5cc13d 4e47b7 ac7252 ff7f0e 5ba38a 99629c 8c9965 9edae5 647d9a b27f87 78b980 926fc2
+    2ca02c 708090 60cfd1 e377c2 d55cb0 5e6ad3 5254a3 645590
+    """
+)

@@ -1,6 +1,7 @@
 """A source over pairs of image and mask files; every set of files on disk becomes one of these."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -51,9 +52,7 @@ class FolderSource(RawSource):
         if not info.palette:
             info = dataclasses.replace(info, palette=default_palette(len(info.classes)))
         super().__init__(info, label_map, ignore_instance)
-        self.resize = tuple(resize)
-        if len(self.resize) != 2 or min(self.resize) < 0 or (any(self.resize) and not all(self.resize)):
-            raise UserError(f"{info.name}: the size {self.resize} must be (height, width) in pixels, or (0, 0).")
+        self.resize = check_resize(info.name, resize)
         self.pairs, self.problems = pairing.pairs, pairing.problems if unpaired == "fail" else ()
         if self.problems and not is_inspecting():
             more = f" (and {len(self.problems) - 1} more such problems)" if len(self.problems) > 1 else ""
@@ -96,6 +95,14 @@ class FolderSource(RawSource):
         if pair.instances is not None:
             instances = labels if pair.instances == pair.labels else read_labels(pair.instances)
         return RawExample(pair.id, read_image(pair.image), labels, instances, str(pair.image), str(pair.labels))
+
+
+def check_resize(name: str, size: Sequence[int]) -> tuple[int, int]:
+    """`size` as a tuple; UserError for the source `name` unless it is (height, width), or (0, 0) for "as it is"."""
+    size = tuple(size)
+    if len(size) != 2 or min(size) < 0 or (any(size) and not all(size)):
+        raise UserError(f"{name}: the size {size} must be (height, width) in pixels, or (0, 0).")
+    return size
 
 
 def resized(example: Example, size: tuple[int, int]) -> Example:

@@ -170,6 +170,24 @@ def test_voc_names_what_is_missing(tmp_path):
         create_source("voc2012", root=str(tmp_path / "ImageSets"), split="val")
 
 
+def test_voc_photos_are_those_of_the_main_lists(tmp_path):
+    voc_tree(tmp_path / "VOC2012")
+    Image.new("L", (8, 6), 90).save(tmp_path / "VOC2012/JPEGImages/2008_9.jpg")
+    lists = tmp_path / "VOC2012/ImageSets/Main"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("2008_5\n2008_9\n2007_1\n")
+    source = create_source("voc2012_photos", root=str(tmp_path), split="val")
+    assert [source.read(i)["id"] for i in range(len(source))] == ["2008_5", "2007_1"]
+    assert (
+        "labels" not in source.read(0) and source.info.name == "voc2012_photos" and list(source.left_out) == ["2008_9"]
+    )
+    assert len(create_source("voc2012_photos", root=str(tmp_path), split="val", gray="keep")) == 3
+    with pytest.raises(UserError, match="did you mean 'train'"):
+        create_source("voc2012_photos", root=str(tmp_path), split="training")
+    with pytest.raises(UserError, match="ImageSets/Main/train.txt cannot be read"):
+        create_source("voc2012_photos", root=str(tmp_path), split="train")
+
+
 @pytest.mark.parametrize(("protocol", "expected"), [(60, (0, 1, 59, 255)), (59, (255, 0, 58, 255))])
 def test_pascal_context_protocols(tmp_path, protocol, expected):
     root = tmp_path / "VOC2010"

@@ -12,8 +12,9 @@ from jax_densevit.data.files import Pair, Pairing, list_images, pair_by_list, re
 from jax_densevit.data.folder_source import FolderSource
 from jax_densevit.data.label_maps import LabelMap
 from jax_densevit.data.source import DataInfo
+from jax_densevit.data.sources.photo_folder import PhotoFolder
 from jax_densevit.data.sources.registry import register_source
-from jax_densevit.errors import UserError, did_you_mean
+from jax_densevit.errors import UserError, check_name, did_you_mean
 
 VOC2012_SPLITS = ("train", "val", "trainval", "trainaug")
 
@@ -56,6 +57,21 @@ def voc2012(root: str, split: str) -> FolderSource:
         pairing = pair_by_list(lists / f"{split}.txt", images, masks)
     label_map = LabelMap(VOC2012_CLASSES, ignore=(255, (224, 224, 192)), palette=VOC2012_PALETTE)
     return FolderSource(DataInfo("voc2012", VOC2012_CLASSES, VOC2012_PALETTE), pairing, label_map)
+
+
+@register_source("voc2012_photos")
+def voc2012_photos(root: str, split: str, gray: str = "leave_out") -> PhotoFolder:
+    """The photographs of PASCAL VOC 2012's main lists, without labels, for colorization: 5,717 train, 5,823 val.
+
+    Args:
+      root: the folder VOC2012, VOCdevkit, or the one above.
+      split: "train", "val" or "trainval".
+      gray: what becomes of gray photographs, see :class:`~jax_densevit.data.sources.photo_folder.PhotoFolder`.
+    """
+    check_name("split of voc2012_photos", split, ("train", "val", "trainval"))
+    folder = _year(root, "VOC2012")
+    photos = str(folder / "JPEGImages")
+    return PhotoFolder(photos, list_file=str(folder / f"ImageSets/Main/{split}.txt"), gray=gray, name="voc2012_photos")
 
 
 @register_source("pascal_context")
