@@ -43,12 +43,14 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "hypersim": ["h5py>=3.11"],  # its files are HDF5
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6",
             "jaxtyping>=0.3",
             "beartype>=0.20",
+            "h5py>=3.11",
             "scikit-image>=0.24",  # test oracle
             "ruff>=0.8",
         ],
