@@ -39,6 +39,7 @@ setup(
         "matplotlib>=3.9",  # confusion matrices, learning curves, picture sheets
         "rich>=13",  # progress bars and tables
         "scikit-learn>=1.5",  # brings the handwritten digits of the quickstart
+        "scikit-image>=0.24",  # brings photographs to learn colors from; scipy, its largest part, is there already
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
@@ -51,7 +52,6 @@ setup(
             "jaxtyping>=0.3",
             "beartype>=0.20",
             "h5py>=3.11",
-            "scikit-image>=0.24",  # test oracle
             "ruff>=0.8",
         ],
         "peers": ["torch>=2.9", "timm>=1.0.20", "segmentation-models-pytorch>=0.5", "transformers>=5"],

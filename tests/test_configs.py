@@ -29,6 +29,8 @@ CONFIGS = {
     "quickstart": (11, ("",), ("quick",)),
     "nuclei": (2, ("",), ("quick",)),
     "own_folder": (2, ("", "unet", "setr"), ("quick", "setr,quick")),
+    "colorization/sample_photos": (3, ("", "lab"), ("quick",)),
+    "colorization/photo_folder": (3, ("", "lab", "study"), ("lab,quick", "study,quick")),
     "setr/ade20k": (150, ("", *SETR, "160k"), ("quick", "naive_deit,mmseg,multiscale,quick")),
     "setr/cityscapes": (19, ("", *ROWS, "40k", "80k", "100k"), ("mla_base,quick",)),
     "vitseg/cityscapes": (19, ("", "grid", "rows", "spiral"), ("quick", "spiral,quick")),
