@@ -62,48 +62,58 @@ def resize_area(x: np.ndarray | jax.Array, size: tuple[int, int]) -> np.ndarray 
     """Resizes an integer picture `[..., h, w, C]` by the mean over the area of each output pixel.
 
     Pixels on the edge of an area count by the part inside, and means are rounded to the nearest, halves to the even
-    number: `tf.image.resize(method="area")` with its result rounded. Down by a whole factor this is the mean of blocks,
-    up by a whole factor every pixel is repeated.
+    number: `tf.image.resize(method="area")` with its result rounded, in exact integer arithmetic. Down by a whole
+    factor this is the mean of blocks, up by a whole factor every pixel is repeated.
 
     Args:
-      x: integers; a NumPy array is resized on the host (in float64), a JAX array where it is.
+      x: integers of magnitude below 256; NumPy arrays are resized on the host, JAX arrays where they are.
       size: (height, width).
 
     Returns:
       int32 `[..., height, width, C]`, NumPy if `x` is.
+
+    Raises:
+      ValueError: `size` is not positive, or a JAX array's pictures have over 8 million pixels (sums are int32).
     """
     _check_size(size)
-    if not isinstance(x, np.ndarray):
-        return _resize_area_device(x, size)
-    rows, columns = (area_matrix(given, length) for given, length in zip(x.shape[-3:-1], size, strict=True))
-    y = np.einsum("yh,...hwc,xw->...yxc", rows, x.astype(np.float64), columns, optimize=True)
-    # Means of integers that are a half exactly, or would be but for the last digits, are recognised as such.
-    return np.rint(np.round(y, 9)).astype(np.int32)
-
-
-def _resize_area_device(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    for axis, length in ((x.ndim - 3, size[0]), (x.ndim - 2, size[1])):
-        if length % x.shape[axis] == 0:
-            x = jnp.repeat(x, length // x.shape[axis], axis=axis)
     given = x.shape[-3:-1]
-    if any(have % want for have, want in zip(given, size, strict=True)):
-        rows, columns = (jnp.asarray(area_matrix(*lengths), jnp.float32) for lengths in zip(given, size, strict=True))
-        y = jnp.einsum("yh,...hwc,xw->...yxc", rows, x.astype(jnp.float32), columns, precision="highest")
-        return jnp.rint(y).astype(jnp.int32)
-    down = [have // want for have, want in zip(given, size, strict=True)]
-    blocks = x.astype(jnp.int32).reshape(*x.shape[:-3], size[0], down[0], size[1], down[1], x.shape[-1])
-    total, count = blocks.sum((-4, -2)), down[0] * down[1]
-    mean, rest = total // count, total % count
-    up = (2 * rest > count) | ((2 * rest == count) & (mean % 2 == 1))
-    return mean + up.astype(jnp.int32)
+    count = given[0] * given[1]
+    if isinstance(x, np.ndarray):
+        # float64 holds these integers exactly, and its products are fast.
+        rows, columns = (area_weights(*lengths).astype(np.float64) for lengths in zip(given, size, strict=True))
+        total = np.einsum("yh,...hwc,xw->...yxc", rows, x.astype(np.float64), columns, optimize=True).astype(np.int64)
+        return _round_half_even(total, count, np).astype(np.int32)
+    if count > 2**23:
+        raise ValueError(f"resize_area of a JAX array takes at most 8 million pixels, not {given[0]} x {given[1]}")
+    x = x.astype(jnp.int32)
+    for axis, (have, want) in zip((-3, -2), zip(given, size, strict=True), strict=True):
+        x = _total_area(x, x.ndim + axis, have, want)
+    return _round_half_even(x, count, jnp)
 
 
-def area_matrix(given: int, length: int) -> np.ndarray:
-    """`[length, given]` float64 weights: the part of every output pixel that each input pixel covers."""
-    edges = np.arange(length + 1) * given / length
-    starts = np.arange(given)
-    overlap = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
-    return np.maximum(overlap, 0) * (length / given)
+def _total_area(x: jax.Array, axis: int, have: int, want: int) -> jax.Array:
+    """Sums over the areas along one axis, in units of 1 / want of a pixel."""
+    if have % want == 0:
+        x = x.reshape(*x.shape[:axis], want, have // want, *x.shape[axis + 1 :])
+        return x.sum(axis + 1) * want
+    if want % have == 0:
+        return jnp.repeat(x, want // have, axis=axis) * have
+    return jnp.moveaxis(jnp.tensordot(jnp.asarray(area_weights(have, want)), x, axes=((1,), (axis,))), 0, axis)
+
+
+def _round_half_even(total, count: int, numpy):
+    mean, rest = numpy.divmod(total, count)
+    return mean + ((2 * rest > count) | ((2 * rest == count) & (mean % 2 == 1)))
+
+
+def area_weights(given: int, length: int) -> np.ndarray:
+    """`[length, given]` int32: the part of each input pixel in each output pixel, in units of 1 / length of an input.
+
+    Every row sums to `given`.
+    """
+    outputs, inputs = np.arange(length)[:, None], np.arange(given)
+    end = np.minimum((outputs + 1) * given, (inputs + 1) * length)
+    return np.maximum(end - np.maximum(outputs * given, inputs * length), 0).astype(np.int32)
 
 
 def center_square(x):

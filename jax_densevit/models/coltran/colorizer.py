@@ -246,7 +246,7 @@ class Colorizer(nn.Module):
 
 
 class GrayEncoder(nn.Module):
-    """An embedding of gray values, and a stack of unmasked layers. Parameters: `embedding [256, D]`, `bias [D]`, `stack`."""
+    """Embeddings of gray values, then unmasked layers. Parameters: `embedding [256, D]`, `bias [D]` and `stack`."""
 
     stack: AxialStack
 
