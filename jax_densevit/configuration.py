@@ -88,7 +88,7 @@ def default_evaluator() -> ConfigDict:
     """The fields of one entry of `config.eval`."""
     return ConfigDict(
         {
-            "data": {"name": ""},  # +
+            "data": {"name": ""},  # +, and centre_crop=(height, width) to evaluate the middle of every picture only
             "every": 0,  # steps between evaluations; 0 = only at the end
             "batch_size": 0,  # 0 = the training batch size
             "limit": 0,  # evaluate only the first so many examples; 0 = all

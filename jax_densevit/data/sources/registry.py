@@ -1,9 +1,11 @@
 """Data sources by name: one decorator registers a class or function, one function builds."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from jax_densevit.data.centre_crop import CentreCrop
+from jax_densevit.data.raw import is_inspecting
 from jax_densevit.data.source import Source
 from jax_densevit.errors import UserError, did_you_mean
 
@@ -32,8 +34,14 @@ def registered_sources() -> dict[str, Callable[..., Source]]:
     return {name: _REGISTRY[name] for name in sorted(_REGISTRY)}
 
 
-def create_source(name: str, **options: Any) -> Source:
-    """Builds a source from its registered name: `create_source("ade20k", folder="...", split="train")`.
+def create_source(name: str, *, centre_crop: Sequence[int] = (0, 0), **options: Any) -> Source:
+    """Builds a source from its registered name: `create_source("ade20k", root="...", split="train")`.
+
+    Args:
+      name: the registered name.
+      centre_crop: (height, width) of the middle of every example that is taken, whatever the source, see
+        :class:`~jax_densevit.data.centre_crop.CentreCrop`; (0, 0) takes all. `check_data` looks at whole files.
+      options: the source's own.
 
     Raises:
       UserError: unknown name or option, each with the nearest known one; a required option that is missing; and
@@ -46,8 +54,10 @@ def create_source(name: str, **options: Any) -> Source:
     parameters = inspect.signature(build).parameters
     for option in options:
         if option not in parameters:
-            raise UserError(f"Data source {name!r} has no option {option!r}{did_you_mean(option, parameters)}")
+            known = [*parameters, "centre_crop"]
+            raise UserError(f"Data source {name!r} has no option {option!r}{did_you_mean(option, known)}")
     for parameter in parameters.values():
         if parameter.default is parameter.empty and parameter.name not in options:
             raise UserError(f"Data source {name!r} needs the option {parameter.name!r}: give it in the config.")
-    return build(**options)
+    source = build(**options)
+    return source if tuple(centre_crop) == (0, 0) or is_inspecting() else CentreCrop(source, centre_crop)
