@@ -5,7 +5,7 @@ Command:   python -m jax_densevit.train --config=configs/vitseg/cityscapes.py --
 Words:     grid (default: every token paints its own block), rows (as published: token i paints row i, whence the
            stripes), spiral (labels patch by patch from the centre outward; not in the report but as an idea, and with
            settings of ours), quick (steps of a second on digit scenes)
-Hardware:  published on one GPU of 2022, 100 epochs in 45 minutes; 60.9 million parameters, 2.2 GMACs an image
+Hardware:  published: 100 epochs in 45 minutes, on what is not said; 60.9 million parameters, 2.2 GMACs an image
 Expected:  the report shows its scores in figures only. Its "accuracy" compares channels of colours, not classes, so its
            place on a leaderboard of mIoU means nothing; `val` is the mIoU of what was painted, at 256x256, and
            `val_full` that at the 1024x2048 of the benchmark.

@@ -1,4 +1,4 @@
-"""ViTSeg, a dense transformer without convolutions: "Vision Transformers for Segmentation", a study's report of 2022.
+"""ViTSeg, a dense transformer without convolutions: a student's report, "Vision Transformers for Segmentation".
 
 The picture is cut into patches; a small pre-LN transformer reads them; its tokens are flattened into one vector that an
 MLP turns into 32 features per patch; every patch then decodes its own raw pixels, its position and its features into
