@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_densevit.errors import UserError, check_name
+from jax_densevit.layers.product import flat_product
 
 
 def attend(
@@ -49,17 +50,73 @@ def attend(
 
 def _attend_xla(q, k, v, bias, mask, dropout, key):
     # Heads next to the batch first: XLA's CPU products over a head axis in the middle take half as long again.
-    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    logits = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return attend_by_head(q, k, v, bias=bias, mask=mask, dropout=dropout, key=key).swapaxes(1, 2)
+
+
+def attend_by_head(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """:func:`attend` ("xla") on `[..., T, d]`, heads and any other batch axes in front, where callers have them so.
+
+    `bias` and `mask` broadcast to `[..., T, S]`; nothing is moved or copied before the products.
+    """
+    logits = jnp.einsum("...td,...sd->...ts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    if not dropout:
+        return softmax_product(logits, v)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    if dropout:
-        kept = jax.random.bernoulli(key, 1 - dropout, weights.shape)
-        weights = jnp.where(kept, weights / jnp.asarray(1 - dropout, weights.dtype), jnp.zeros((), weights.dtype))
-    return jnp.einsum("bhts,bhsd->bhtd", weights, v).swapaxes(1, 2)
+    kept = jax.random.bernoulli(key, 1 - dropout, weights.shape)
+    weights = jnp.where(kept, weights / jnp.asarray(1 - dropout, weights.dtype), jnp.zeros((), weights.dtype))
+    return jnp.einsum("...ts,...sd->...td", weights, v)
+
+
+@jax.custom_vjp
+def softmax_product(logits: jax.Array, v: jax.Array) -> jax.Array:
+    """`softmax(logits) v` with as few passes over the `T x S` weights as there can be.
+
+    The weights are divided by their sum after the product, on `T x d` numbers; the gradient never sums a row of `T x S`
+    (the sum over s of w dw is the sum over d of y dy: Dao et al. 2022, section 3.1).
+
+    Args:
+      logits: `[..., T, S]` float32; v: `[..., S, d]`.
+
+    Returns:
+      `[..., T, d]` in the type of `v`; the exponentials are float32 and enter the product in the type of `v`.
+    """
+    return _softmax_product_forward(logits, v)[0]
+
+
+def _softmax_product_forward(logits, v):
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    factor = 1 / weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    y = jnp.einsum("...ts,...sd->...td", weights, v, preferred_element_type=jnp.float32) * factor
+    y = y.astype(v.dtype)
+    return y, (weights, factor, v, y)
+
+
+def _softmax_product_backward(kept, dy):
+    weights, factor, v, y = kept
+    scaled = dy.astype(jnp.float32) * factor
+    mean = (scaled * y).sum(axis=-1, keepdims=True)
+    scaled = scaled.astype(v.dtype)
+    dv = jnp.einsum("...ts,...td->...sd", weights, scaled)
+    dweights = jnp.einsum("...td,...sd->...ts", scaled, v, preferred_element_type=jnp.float32)
+    return weights * (dweights - mean), dv
+
+
+softmax_product.defvjp(_softmax_product_forward, _softmax_product_backward)
 
 
 def _attend_cudnn(q, k, v, bias, mask, dropout, key):
@@ -153,11 +210,15 @@ class SelfAttention(nn.Module):
             raise UserError(f"num_heads={self.num_heads} does not divide hidden_size={width}; choose a divisor.")
         size = self.head_size or width // self.num_heads
         init = nn.initializers.normal(0.02)
-        qkv = nn.DenseGeneral((3, self.num_heads, size), dtype=self.dtype, kernel_init=init, name="qkv")(x)
+        qkv = nn.DenseGeneral(
+            (3, self.num_heads, size), dtype=self.dtype, kernel_init=init, dot_general=flat_product, name="qkv"
+        )(x)
         q, k, v = (qkv[:, :, i] for i in range(3))
         dropped = {"dropout": self.dropout, "key": self.make_rng("dropout")} if train and self.dropout else {}
         y = attend(q, k, v, implementation=self.implementation, **dropped)
-        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y)
+        return nn.DenseGeneral(
+            width, axis=(-2, -1), dtype=self.dtype, kernel_init=init, dot_general=flat_product, name="out"
+        )(y)
 
 
 def attention_macs(tokens: int, width: int, keys: int | None = None, inner: int | None = None) -> int:

@@ -118,19 +118,23 @@ class Upsample(nn.Module):
       features: output channels.
       factor: how many times larger the map becomes.
       dtype: type of the computation; parameters are float32.
+      kernel_init, bias_init: None keeps the variance of the input, and starts from no bias.
     """
 
     features: int
     factor: int = 2
     dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer | None = None
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, h, w, C]` -> `[B, h * factor, w * factor, features]`."""
         batch, height, width, channels = x.shape
         # Only C inputs meet in an output value: the spatial axes of the kernel are outputs here, not fan-in.
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0, 1))
+        unit_gain = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0, 1))
+        init = unit_gain if self.kernel_init is None else self.kernel_init
         kernel = self.param("kernel", init, (self.factor, self.factor, channels, self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         y = jnp.einsum("bijc,hwcf->bihjwf", x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
         return y.reshape(batch, height * self.factor, width * self.factor, self.features)

@@ -1,6 +1,6 @@
 """The published systems, one file each. Importing this package registers all of them and needs no TensorFlow."""
 
-from jax_densevit.models import axial, coltran, dpt, setr, spiral, unet, vit, vitseg
+from jax_densevit.models import axial, coltran, dpt, setr, spiral, uformer, unet, vit, vitseg
 from jax_densevit.models.output import ClassOutput, DenseOutput
 from jax_densevit.models.registry import create_model, registered_models
 
@@ -14,6 +14,7 @@ __all__ = [
     "registered_models",
     "setr",
     "spiral",
+    "uformer",
     "unet",
     "vit",
     "vitseg",
