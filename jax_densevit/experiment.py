@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 import jax_densevit
 from jax_densevit.configuration import check_config, config_from_json
 from jax_densevit.data.augment import augment as augment_batch
-from jax_densevit.data.pipeline import train_stream
+from jax_densevit.data.pipeline import TrainStream, train_stream
 from jax_densevit.data.source import DataInfo, Source
 from jax_densevit.data.sources import create_source
 from jax_densevit.errors import UserError, did_you_mean
@@ -80,21 +80,7 @@ class Experiment:
 
     def train_stream(self, start_step: int) -> Iterator[dict]:
         """This host's rows of every global training batch from `start_step` on."""
-        data = self.config.data
-        return train_stream(
-            self.source,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            crop=tuple(data.crop),
-            resize_box=tuple(data.resize_box),
-            resize_ratio=tuple(data.resize_ratio),
-            max_class_ratio=data.max_class_ratio,
-            on_bad=data.on_bad,
-            threads=data.threads,
-            start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        return stream_of(self.config, self.source, start_step)
 
     def macs(self) -> int:
         """Multiply-accumulates of one forward pass of one training image, counted analytically."""
@@ -109,6 +95,25 @@ class Experiment:
             "model_options": _model_options(self.config, self.task),
             "versions": versions(),
         }
+
+
+def stream_of(config: ConfigDict, source: Source, start_step: int = 0) -> TrainStream:
+    """This host's rows of every global batch that the config trains on, from `start_step` on."""
+    data = config.data
+    return train_stream(
+        source,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        crop=tuple(data.crop),
+        resize_box=tuple(data.resize_box),
+        resize_ratio=tuple(data.resize_ratio),
+        max_class_ratio=data.max_class_ratio,
+        on_bad=data.on_bad,
+        threads=data.threads,
+        start_step=start_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
