@@ -30,7 +30,7 @@ from rich.table import Table
 
 from jax_densevit.console import progress_bar, run_command
 from jax_densevit.errors import UserError
-from jax_densevit.models.registry import find_model
+from jax_densevit.models.registry import example_inputs, find_model
 from jax_densevit.timing import Contender, Job, build_model, parse_job, time_in_turn
 from jax_densevit.training.allocator import keep_freed_memory
 from jax_densevit.training.hardware import peak_flops
@@ -39,8 +39,8 @@ from jax_densevit.training.hardware import peak_flops
 def own_contenders(job: Job, batch: int, train: bool, options: Mapping[str, Any], seed: int = 0) -> list[Contender]:
     """Our model, compiled: its forward pass (evaluation) and, if asked, one AdamW step with a cross-entropy loss."""
     model = build_model(job, options)
-    images = jax.random.normal(jax.random.key(seed), (batch, *job.size, 3), jnp.float32)
-    variables = jax.jit(model.init)(jax.random.key(seed), images[:1])
+    inputs = [_draw(shape, seed) for shape in example_inputs(model, job.size, batch)]
+    variables = jax.jit(model.init)(jax.random.key(seed), *(x[:1] for x in inputs))
     params = variables.pop("params")
     macs = find_model(job.name).macs(model, job.size)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -60,14 +60,14 @@ def own_contenders(job: Job, batch: int, train: bool, options: Mapping[str, Any]
         }
         return compiled, facts
 
-    def forward(params, rest, images):
-        return model.apply({"params": params, **rest}, images, train=False).logits
+    def forward(params, rest, inputs):
+        return model.apply({"params": params, **rest}, *inputs, train=False).logits
 
-    compiled, facts = contender("forward", jax.jit(forward), (params, variables, images), 1)
+    compiled, facts = contender("forward", jax.jit(forward), (params, variables, inputs), 1)
     last = [None]
 
     def run_forward():
-        last[0] = compiled(params, variables, images)
+        last[0] = compiled(params, variables, inputs)
 
     contenders = [Contender("jax_densevit", "forward", run_forward, lambda: jax.block_until_ready(last), facts=facts)]
     if not train:
@@ -76,14 +76,16 @@ def own_contenders(job: Job, batch: int, train: bool, options: Mapping[str, Any]
     optimizer = optax.adamw(1e-4, weight_decay=0.05)
     dropout = jax.random.key(seed + 1)
 
-    def step(state, images):
+    def step(state, inputs):
         params, rest, moments = state
 
         def loss_of(params):
             out, updates = model.apply(
-                {"params": params, **rest}, images, train=True, rngs={"dropout": dropout}, mutable=list(rest)
+                {"params": params, **rest}, *inputs, train=True, rngs={"dropout": dropout}, mutable=list(rest)
             )
-            return sum(map(_cross_entropy, (out.logits, *out.auxiliary))), updates
+            # The heads are all that a model answers with in training, but for its intermediate maps.
+            heads = out.replace(features={}) if hasattr(out, "features") else out
+            return sum(map(_cross_entropy, jax.tree.leaves(heads))), updates
 
         (loss, updates), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         changes, moments = optimizer.update(gradients, moments, params)
@@ -91,16 +93,23 @@ def own_contenders(job: Job, batch: int, train: bool, options: Mapping[str, Any]
 
     # Donated, so the forward pass must not hold the same buffers.
     state = (jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, variables), jax.jit(optimizer.init)(params))
-    compiled_step, facts = contender("train step", jax.jit(step, donate_argnums=0), (state, images), 3)
+    compiled_step, facts = contender("train step", jax.jit(step, donate_argnums=0), (state, inputs), 3)
     held = [state]
 
     def run_step():
-        held[0], _ = compiled_step(held[0], images)
+        held[0], _ = compiled_step(held[0], inputs)
 
     contenders.append(
         Contender("jax_densevit", "train step", run_step, lambda: jax.block_until_ready(held), facts=facts)
     )
     return contenders
+
+
+def _draw(shape: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
+    """Standard normal numbers, or zeros where integers are wanted (what they may be is the model's own matter)."""
+    if jnp.issubdtype(shape.dtype, jnp.floating):
+        return jax.random.normal(jax.random.key(seed), shape.shape, shape.dtype)
+    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def _cross_entropy(logits: jax.Array) -> jax.Array:

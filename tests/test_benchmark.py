@@ -107,6 +107,15 @@ def test_the_step_learns_and_moves_the_statistics():
         assert sum(jax.tree.leaves(moved)) > 0.9 * len(jax.tree.leaves(moved))
 
 
+def test_models_of_other_inputs_than_images():
+    """A channel upsampler takes three arrays of integers, and its counts are for all three channels."""
+    (forward,) = benchmark.own_contenders(parse_job("coltran_color_upsampler:tiny@4x6"), 2, False, {})
+    forward.call()
+    forward.wait()
+    model = benchmark.build_model(parse_job("coltran_color_upsampler:tiny@4x6"), {})
+    assert forward.facts["flops"] == 4 * find_model("coltran_color_upsampler").macs(model, (4, 6))
+
+
 def test_missing_peers_are_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"torch.*not installed.*\[peers\]"):
