@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_densevit.errors import UserError, check_name
+from jax_densevit.layers.product import flat_product
 from jax_densevit.layers.resize import resize_bilinear
 
 
@@ -59,7 +60,8 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", init, (p, p, channels, self.hidden_size))
         bias = self.param("bias", init, (self.hidden_size,))
         x = patchify(images.astype(self.dtype), p)
-        return x @ kernel.astype(self.dtype).reshape(-1, self.hidden_size) + bias.astype(self.dtype)
+        kernel = kernel.astype(self.dtype).reshape(-1, self.hidden_size)
+        return flat_product(x, kernel, (((3,), (0,)), ((), ()))) + bias.astype(self.dtype)
 
 
 class Tokens(nn.Module):

@@ -1,4 +1,7 @@
-"""Batch normalisation whose running statistics are the ones every published dense model was trained with."""
+"""Batch norm with the running statistics of the published dense models, layer norm with a lean gradient."""
+
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -55,3 +58,54 @@ class BatchNorm(nn.Module):
         # One multiply-add per value; the factor is made per channel.
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
         return ((wide - mean) * factor + bias).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis (Ba et al. 2016).
+
+    Statistics are float32, by the two-pass formula (the one-pass one loses digits on large means).
+
+    Parameters: `scale [D]`, `bias [D]`, as of Flax's own layer.
+
+    Attributes:
+      epsilon: added to the variance.
+      dtype: type of the result.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` of any floating-point type -> `[..., D]` of type `dtype`."""
+        features = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+        return _layer_norm(x, scale, bias, self.epsilon, self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _layer_norm(x, scale, bias, epsilon, dtype):
+    # The gradient keeps the input and two numbers per row; autodiff keeps several arrays of the input's size.
+    return _layer_norm_forward(x, scale, bias, epsilon, dtype)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon, dtype):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=-1, keepdims=True)
+    factor = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + epsilon)
+    y = (wide - mean) * factor * scale + bias
+    return y.astype(dtype), (x, mean, factor, scale)
+
+
+def _layer_norm_backward(epsilon, dtype, kept, dy):
+    x, mean, factor, scale = kept
+    dy = dy.astype(jnp.float32)
+    normal = (x.astype(jnp.float32) - mean) * factor
+    dnormal = dy * scale
+    dx = dnormal - dnormal.mean(axis=-1, keepdims=True) - normal * (dnormal * normal).mean(axis=-1, keepdims=True)
+    rows = tuple(range(x.ndim - 1))
+    return (factor * dx).astype(x.dtype), (dy * normal).sum(rows), dy.sum(rows)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

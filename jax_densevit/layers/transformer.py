@@ -15,6 +15,8 @@ import numpy as np
 from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.activation import gelu_exact
 from jax_densevit.layers.attention import SelfAttention, attention_macs
+from jax_densevit.layers.normalization import LayerNorm
+from jax_densevit.layers.product import flat_product
 
 # What the backward pass finds in memory, and what it computes again.
 REMAT_POLICIES = {
@@ -55,9 +57,9 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """`[..., D]` -> `[..., D]`."""
         init = nn.initializers.normal(0.02)
-        y = nn.Dense(self.mlp_size, dtype=self.dtype, kernel_init=init, name="fc1")(x)
+        y = nn.Dense(self.mlp_size, dtype=self.dtype, kernel_init=init, dot_general=flat_product, name="fc1")(x)
         y = nn.Dropout(self.dropout)(gelu(y, self.gelu), deterministic=not train)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="fc2")(y)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, dot_general=flat_product, name="fc2")(y)
 
 
 class EncoderBlock(nn.Module):
@@ -113,9 +115,9 @@ class EncoderBlock(nn.Module):
         return x
 
 
-def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
-    """A layer norm with float32 statistics by the two-pass formula (the one-pass one loses digits on large means)."""
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+def layer_norm(epsilon: float, dtype: Any, name: str | None) -> LayerNorm:
+    """The layer norm of every transformer here."""
+    return LayerNorm(epsilon, dtype, name=name)
 
 
 class Encoder(nn.Module):

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +39,22 @@ def test_attend_equals_the_formula(seed, biased, masked):
         mask[..., 0] = True
     got = attend(q, k, v, bias=None if bias is None else jnp.asarray(bias), mask=mask)
     np.testing.assert_allclose(got, reference(q, k, v, bias if biased else 0.0, mask), atol=2e-6)
+
+
+def test_gradient_is_that_of_softmax_and_product():
+    q, k, v = draw(0, 2, 5, 3, 8), draw(1, 2, 7, 3, 8), draw(2, 2, 7, 3, 8)
+    bias, mask = draw(3, 1, 3, 5, 7), draw(4, 2, 1, 1, 7) > -0.5
+
+    def plain(q, k, v, bias):
+        logits = jnp.where(mask, jnp.einsum("bthd,bshd->bhts", q, k) / 8**0.5 + bias, -1e30)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits), v)
+
+    def gradient(function):
+        return jax.grad(lambda *given: jnp.sin(3 * function(*given)).sum(), (0, 1, 2, 3))(q, k, v, bias)
+
+    chex.assert_trees_all_close(
+        gradient(lambda q, k, v, bias: attend(q, k, v, bias=bias, mask=mask)), gradient(plain), atol=1e-5
+    )
 
 
 def test_attend_keeps_softmax_in_float32():

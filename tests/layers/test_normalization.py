@@ -1,12 +1,14 @@
-"""Batch normalisation against NumPy in float64: output, running statistics, gradient, types."""
+"""Batch norm against NumPy in float64: output, running statistics, gradient, types; layer norm against Flax."""
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_densevit.errors import UserError
-from jax_densevit.layers.normalization import BatchNorm
+from jax_densevit.layers.normalization import BatchNorm, LayerNorm
 
 
 def variables(channels, rng):
@@ -71,3 +73,29 @@ def test_half_precision_keeps_statistics_in_float32():
 def test_one_value_per_channel_is_refused():
     with pytest.raises(UserError, match="one value per channel"):
         BatchNorm().init(jax.random.key(0), jnp.ones((1, 4)), train=True)
+
+
+def test_layer_norm_is_that_of_flax_in_value_and_gradient():
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(50, 2, (2, 3, 8)), jnp.float32)
+    dy = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    params = {"scale": jnp.asarray(rng.uniform(0.5, 2, 8), jnp.float32), "bias": jnp.arange(8.0)}
+    ours, theirs = (
+        jax.vjp(lambda p, x, layer=layer: layer.apply({"params": p}, x), params, x)
+        for layer in (LayerNorm(1e-5), nn.LayerNorm(epsilon=1e-5, use_fast_variance=False))
+    )
+    np.testing.assert_allclose(ours[0], theirs[0], atol=1e-5)
+    chex.assert_trees_all_close(ours[1](dy), theirs[1](dy), atol=2e-5)
+
+
+def test_layer_norm_in_half_precision_has_float32_statistics():
+    x = jnp.asarray(np.random.default_rng(3).normal(300, 1, (4, 64)), jnp.bfloat16)
+    layer = LayerNorm(dtype=jnp.bfloat16)
+    y, gradient = (
+        layer.init_with_output(jax.random.key(0), x)[0],
+        jax.grad(lambda x: (layer.init_with_output(jax.random.key(0), x)[0].astype(jnp.float32) ** 3).sum())(x),
+    )
+    wide = np.asarray(x, np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=0.02)
+    assert y.dtype == gradient.dtype == jnp.bfloat16
