@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     console.print(table)
     console.print(
         "parameters: everything that is trained, auxiliary heads included. as published: plus layers that the original "
-        "SETR modules own and never use. GMACs: multiply-accumulates of one image forward, in evaluation.",
+        "modules (SETR, DPT) own and never use. GMACs: multiply-accumulates of one image forward, in evaluation.",
         highlight=False,
     )
 
