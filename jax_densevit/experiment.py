@@ -212,6 +212,11 @@ def build_evaluators(config: ConfigDict, info: DataInfo, names: tuple[str, ...] 
             raise UserError(
                 f"config.eval.{name}.data has the classes {source.info.classes}, but training has {info.classes}."
             )
+        if source.info.stretch != info.stretch:
+            raise UserError(
+                f"config.eval.{name}.data has images stretched between the percentiles {source.info.stretch}, but "
+                f"training {info.stretch}: give both data sources the same stretch."
+            )
         evaluators.append(
             Evaluator(
                 name=name,

@@ -20,7 +20,7 @@ import numpy as np
 
 from jax_densevit.console import progress_bar, run_command, split_options
 from jax_densevit.data.files import IMAGE_SUFFIXES
-from jax_densevit.data.images import read_image
+from jax_densevit.data.images import read_image, stretch_contrast
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import load
 from jax_densevit.tasks.rooms import give_room
@@ -46,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
     stems = name_outputs(images, loaded.task)
     check_outputs(images, stems, arguments.input, arguments.output, loaded.task, arguments.overwrite)
     facts = {"workdir": str(Path(arguments.workdir).resolve()), "step": loaded.step, **loaded.task.protocol()}
-    skipped = predict(loaded.task, loaded.forward, images, stems, arguments.output, facts)
+    stretch = loaded.info.stretch
+    facts |= {"stretch": stretch} if stretch else {}
+    skipped = predict(loaded.task, loaded.forward, images, stems, arguments.output, facts, stretch)
     print(f"{len(images) - len(skipped)} of {len(images)} images predicted, in {arguments.output}")
     return SOME_SKIPPED if skipped else 0
 
@@ -109,8 +111,11 @@ def predict(
     stems: dict[Path, Path],
     output: Path,
     facts: dict,
+    stretch: tuple[float, ...] = (),
 ) -> list[Path]:
     """Predicts and writes every image; returns those that could not be read, each named on stderr.
+
+    The model sees images stretched between the percentiles `stretch`, as in training; overlays show them as they are.
 
     Raises:
       UserError: no image could be read, or a file could not be written.
@@ -124,7 +129,7 @@ def predict(
                 print(f"skipped: {error}", file=sys.stderr)
                 skipped.append(images[name])
             else:
-                batch = {"image": image[None]}
+                batch = {"image": stretch_contrast(image, stretch)[None]}
                 batch = give_room(batch, {}) if len(images) > EXACT_SIZES else batch
                 prediction = jax.device_get(task.decode(forward, batch, full=True))
                 prediction = {key: value[0, : len(image), : image.shape[1]] for key, value in prediction.items()}

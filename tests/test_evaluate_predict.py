@@ -12,6 +12,7 @@ from PIL import Image
 
 from jax_densevit import evaluate, predict
 from jax_densevit.configuration import default_config, default_evaluator
+from jax_densevit.data.images import read_image, stretch_contrast
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import build, load
 from jax_densevit.training.checkpoint import Checkpoints
@@ -30,15 +31,20 @@ def workdir(tmp_path_factory):
     evaluator.data.update({"name": "digit_scenes", "split": "val", "length": 5, "size": (32, 40), **digits})
     evaluator.update({"batch_size": 2, "sheet": 2})
     config.eval.val = evaluator
+    folder = tmp_path_factory.mktemp("run")
+    save_untrained(config, folder)
+    return folder
+
+
+def save_untrained(config, folder):
+    """A checkpoint of a config's last step with parameters at their initial values, their average twice that."""
     experiment = build(config)
     batch = {"image": np.zeros((1, 32, 32, 3), np.uint8)}
     params, statistics = initial_variables(experiment.model, experiment.task, batch, jax.random.key(0))
-    folder = tmp_path_factory.mktemp("run")
     ema = {"params": jax.tree.map(lambda x: x * 2, params), "statistics": statistics}
     with Checkpoints(folder) as checkpoints:
-        state = TrainState(np.int32(7), params, statistics, ema, {"count": np.zeros((), np.int32)})
-        checkpoints.save(7, state, {}, experiment.meta())
-    return folder
+        state = TrainState(np.int32(config.steps), params, statistics, ema, {"count": np.zeros((), np.int32)})
+        checkpoints.save(config.steps, state, {}, experiment.meta())
 
 
 def files(folder):
@@ -129,6 +135,37 @@ def test_predict_a_folder(workdir, tmp_path, capsys):
         predict.main(arguments)
     assert predict.main([*arguments, "--overwrite", "--mode=slide", "--crop=16"]) == predict.SOME_SKIPPED
     assert json.loads((output / "turned.json").read_text())["mode"] == "slide"
+
+
+def test_predict_stretches_as_training_did_and_draws_the_picture_as_it_is(tmp_path, capsys):
+    rng = np.random.default_rng(3)
+    for split in ("train", "val"):
+        for kind, values in (("images", rng.integers(3, 30, (32, 32, 3))), ("instances", np.eye(32) > 0)):
+            (tmp_path / split / kind).mkdir(parents=True)
+            Image.fromarray(values.astype(np.uint8)).save(tmp_path / split / kind / "dark.png")
+    config = default_config()
+    data = {"name": "instance_folder", "root": str(tmp_path), "stretch": (1.0, 99.0)}
+    config.model.update({"name": "unet", "base": 2})
+    config.data.train.update({**data, "split": "train"})
+    config.update({"steps": 1, "batch_size": 8, "ema": 0.9})
+    config.data.crop = (32, 32)
+    evaluator = default_evaluator()
+    evaluator.data.update({**data, "split": "val"})
+    config.eval.val = evaluator
+    save_untrained(config, tmp_path / "run")
+
+    picture, output = tmp_path / "val/images/dark.png", tmp_path / "out"
+    predict.main(["--workdir", str(tmp_path / "run"), "--input", str(picture), "--output", str(output)])
+    loaded = load(tmp_path / "run")
+    seen = stretch_contrast(read_image(picture), (1.0, 99.0))
+    expected = loaded.task.decode(loaded.forward, {"image": seen[None]}, full=True)
+    report = json.loads((output / "dark.json").read_text())
+    assert report["stretch"] == [1.0, 99.0]
+    assert report["mean_confidence"] == pytest.approx(float(expected["confidence"].mean()), abs=1e-4)
+
+    evaluator.data.stretch = ()
+    with pytest.raises(UserError, match="same stretch"):
+        build(config)
 
 
 def test_predict_refuses_what_would_do_harm(workdir, tmp_path, capsys):

@@ -9,7 +9,7 @@ from PIL import Image
 from jax_densevit.data.class_names import default_palette
 from jax_densevit.data.crops import nearest
 from jax_densevit.data.files import Pairing
-from jax_densevit.data.images import image_size, read_image, read_labels
+from jax_densevit.data.images import image_size, read_image, read_labels, stretch_contrast
 from jax_densevit.data.label_maps import LabelMap
 from jax_densevit.data.raw import RawExample, RawSource, is_inspecting
 from jax_densevit.data.source import DataInfo, Example
@@ -51,6 +51,8 @@ class FolderSource(RawSource):
             raise UserError(f"{info.name}: unpaired={unpaired!r} must be 'fail' or 'skip'.")
         if not info.palette:
             info = dataclasses.replace(info, palette=default_palette(len(info.classes)))
+        if info.stretch and (len(info.stretch) != 2 or not 0 <= info.stretch[0] < info.stretch[1] <= 100):
+            raise UserError(f"{info.name}: stretch {info.stretch} must be two percentiles, low and high, or empty.")
         super().__init__(info, label_map, ignore_instance)
         self.resize = check_resize(info.name, resize)
         self.pairs, self.problems = pairing.pairs, pairing.problems if unpaired == "fail" else ()
@@ -75,8 +77,9 @@ class FolderSource(RawSource):
         return self.resize if all(self.resize) else image_size(self.pairs[index].image)
 
     def read(self, index: int) -> Example:
-        """Reads and decodes one example, and resizes it where asked."""
+        """Reads and decodes one example, stretches its contrast and resizes it where asked."""
         example = super().read(index)
+        example["image"] = stretch_contrast(example["image"], self.info.stretch)
         return resized(example, self.resize) if all(self.resize) else example
 
     def name_of(self, index: int) -> str:

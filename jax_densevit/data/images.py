@@ -55,6 +55,30 @@ def read_image(path: ImageFile) -> np.ndarray:
         return _to_rgb(_upright(image), path)
 
 
+def stretch_contrast(image: np.ndarray, percentiles: tuple[float, ...]) -> np.ndarray:
+    """Spreads every channel so that its own low and high percentile become 0 and 255; what lies beyond is clipped.
+
+    Pictures of a microscope differ in exposure and stain, and a few bright specks may set the scale of a whole picture:
+    percentiles of each channel bring dark pictures up and make the empty background alike, whatever its tint.
+
+    Args:
+      image: uint8 [H, W, 3].
+      percentiles: (low, high) in [0, 100], e.g. (0.1, 99.9); empty leaves the image as it is.
+
+    Returns:
+      uint8 [H, W, 3], rounded; a channel whose two percentiles are the same value is left as it is.
+    """
+    if not percentiles:
+        return image
+    values = np.arange(256)
+    tables = []
+    for channel in range(image.shape[-1]):
+        low, high = np.percentile(image[..., channel], percentiles)
+        stretched = np.clip((values - low) * (255 / (high - low)) + 0.5, 0, 255) if high > low else values
+        tables.append(stretched.astype(np.uint8))
+    return np.stack([table[image[..., channel]] for channel, table in enumerate(tables)], axis=-1)
+
+
 def read_labels(path: ImageFile) -> np.ndarray:
     """Reads a label map without interpreting it: ids, never colours turned gray.
 

@@ -21,6 +21,8 @@ class DataInfo:
       palette: one RGB triple (0..255) per class.
       ignore: the label value that is neither learned nor scored.
       mean, std: per-channel normalisation of images in [0, 1].
+      stretch: (low, high) percentiles between which the contrast of every image is stretched when its file is read,
+        here and in prediction (:func:`~jax_densevit.data.images.stretch_contrast`); empty = images as they are.
     """
 
     name: str
@@ -29,6 +31,7 @@ class DataInfo:
     ignore: int = IGNORE
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    stretch: tuple[float, ...] = ()
 
     def to_json(self) -> dict:
         """A JSON-ready dict; :meth:`from_json` inverts it."""
@@ -38,8 +41,8 @@ class DataInfo:
     def from_json(cls, values: dict) -> "DataInfo":
         """The inverse of :meth:`to_json`."""
         values = dict(values)
-        for key in ("classes", "mean", "std"):
-            values[key] = tuple(values[key])
+        for key in ("classes", "mean", "std", "stretch"):
+            values[key] = tuple(values.get(key, ()))  # sets of earlier versions have no stretch
         values["palette"] = tuple(tuple(color) for color in values["palette"])
         return cls(**values)
 

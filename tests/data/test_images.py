@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jax_densevit.data.images import image_size, read_image, read_labels
+from jax_densevit.data.images import image_size, read_image, read_labels, stretch_contrast
 from jax_densevit.errors import UserError
 
 ORIENTATION = 0x0112
@@ -311,6 +311,36 @@ class TestBadFiles:
                 read(path)
             except UserError as error:
                 assert "fuzz: " in str(error) and "\n" not in str(error)
+
+
+class TestStretch:
+    def test_percentiles_become_black_and_white_in_every_channel(self):
+        ramp = np.arange(101, dtype=np.uint8)
+        image = np.stack([ramp, ramp // 2 + 7, 250 - 2 * ramp], -1)[None]
+        result = stretch_contrast(image, (10, 90))
+        assert result.dtype == np.uint8 and result.shape == image.shape
+        for channel in range(3):  # of a ramp 0..100, the percentiles are 10 and 90
+            values = image[0, :, channel].astype(float)
+            low, high = np.percentile(values, (10, 90))
+            expected = np.clip(255 * (values - low) / (high - low), 0, 255)
+            assert np.abs(result[0, :, channel] - expected).max() <= 0.5 + 1e-9
+        assert (result[0, :11, 0] == 0).all() and (result[0, 90:, 0] == 255).all() and result[0, 50, 0] == 128
+
+    def test_exposure_does_not_matter(self, photo):
+        dark = (photo // 8).astype(np.uint8)  # values 0..31
+        np.testing.assert_array_equal(stretch_contrast(dark, (0, 100)), stretch_contrast(3 * dark + 20, (0, 100)))
+
+    def test_a_few_bright_specks_do_not_set_the_scale(self):
+        image = np.tile(np.arange(40, 60, dtype=np.uint8)[:, None, None], (1, 200, 3))
+        specks = image.copy()
+        specks[3, :2] = 255
+        inside, outside = stretch_contrast(image, (1, 99))[5:15], stretch_contrast(specks, (1, 99))[5:15]
+        np.testing.assert_array_equal(inside, outside)
+
+    def test_one_value_stays_and_nothing_asked_changes_nothing(self, photo):
+        flat = np.full((4, 5, 3), 17, np.uint8)
+        np.testing.assert_array_equal(stretch_contrast(flat, (1, 99)), flat)
+        assert stretch_contrast(photo, ()) is photo
 
 
 @pytest.mark.reference

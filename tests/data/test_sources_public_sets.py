@@ -1,10 +1,14 @@
 """Cityscapes, ADE20K, VOC, Pascal Context and instance folders, from tiny trees in the published layouts."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from jax_densevit.data.class_names import ADE20K_CLASSES, CITYSCAPES_CLASSES, PASCAL_CONTEXT_CLASSES, default_palette
+from jax_densevit.data.images import read_image, stretch_contrast
+from jax_densevit.data.source import DataInfo
 from jax_densevit.data.sources.registry import create_source
 from jax_densevit.errors import UserError
 
@@ -79,6 +83,23 @@ def test_cityscapes_wrong_options(tmp_path, options, words):
     cityscapes_tree(tmp_path)
     with pytest.raises(UserError, match=words):
         create_source("cityscapes", root=str(tmp_path), **options)
+
+
+def test_cityscapes_all_classes_are_the_label_ids(tmp_path):
+    cityscapes_tree(tmp_path)
+    source = create_source("cityscapes", root=str(tmp_path), split="train", all_classes=True)
+    evaluated = create_source("cityscapes", root=str(tmp_path), split="train")
+    info = source.info
+    assert len(info.classes) == len(info.palette) == 34 and info.classes[0] == "unlabeled"
+    # The evaluated classes keep their names and colors, under their label ids.
+    order = [info.classes.index(name) for name in evaluated.info.classes]
+    assert order == LABEL_ID_OF
+    assert [info.palette[i] for i in order] == list(evaluated.info.palette)
+    found, expected = source.read(3)["labels"], evaluated.read(3)["labels"]
+    scored = expected != 255
+    assert np.array_equal(found[scored], np.array(order)[expected[scored]]) and not np.isin(found[~scored], order).any()
+    with pytest.raises(UserError, match="needs the files with ids='labelIds'"):
+        create_source("cityscapes", root=str(tmp_path), split="train", ids="labelTrainIds", all_classes=True)
 
 
 def test_cityscapes_at_a_small_size(tmp_path):
@@ -228,6 +249,28 @@ def test_instances_with_class_masks(tmp_path):
     (tmp_path / "train/instances/1.png").unlink()
     with pytest.raises(UserError, match=r"1\.png has no mask"):
         create_source("instance_folder", **options)
+
+
+def test_stretched_contrast_is_a_fact_of_the_set(tmp_path):
+    for i in range(2):
+        path = tmp_path / f"train/images/{i}.png"
+        image(path)
+        dark = read_image(path) // 5
+        Image.fromarray(dark).save(path)
+        mask(tmp_path / f"train/instances/{i}.png", ids(0, 1))
+    options = {"root": str(tmp_path), "split": "train"}
+    source = create_source("instance_folder", **options, stretch=[0.0, 100.0])
+    read = source.read(1)["image"]
+    assert (read.reshape(-1, 3).min(0) == 0).all() and (read.reshape(-1, 3).max(0) == 255).all()
+    assert np.array_equal(read, stretch_contrast(dark, (0.0, 100.0)))
+    assert np.array_equal(create_source("instance_folder", **options).read(1)["image"], dark)
+    values = source.info.to_json()
+    assert DataInfo.from_json(json.loads(json.dumps(values))) == source.info and source.info.stretch == (0.0, 100.0)
+    del values["stretch"]  # what earlier versions wrote
+    assert DataInfo.from_json(values).stretch == ()
+    for wrong in ((5.0,), (99.0, 1.0), (0.0, 101.0)):
+        with pytest.raises(UserError, match="two percentiles"):
+            create_source("instance_folder", **options, stretch=wrong)
 
 
 @pytest.mark.reference

@@ -19,6 +19,7 @@ def instance_folder(
     ignore_instance: int = 65_535,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
+    stretch: tuple[float, ...] = (),
 ) -> FolderSource:
     """Images and instance masks (8 or 16-bit PNG, 0 none, 1..N objects), the layout of the nuclei of DSB 2018.
 
@@ -29,6 +30,8 @@ def instance_folder(
         instances: 0 where there is none, 1 where there is one.
       ignore_instance: the number that marks crowds: no instance, and without `semantic` ignored as a label.
       mean, std: normalisation of images in [0, 1].
+      stretch: percentiles (low, high) of every image and channel that become black and white, e.g. (0.1, 99.9) where
+        exposure and stain differ from picture to picture; empty leaves images as they are.
     """
     folder = Path(root, split)
     images, instances = list_images(folder / "images"), list_images(folder / "instances")
@@ -43,5 +46,5 @@ def instance_folder(
     )
     numbered = pair_by_name(images, instances) if semantic else labelled
     problems = tuple(dict.fromkeys((*labelled.problems, *numbered.problems)))
-    info = DataInfo(Path(root).name, label_map.classes, mean=tuple(mean), std=tuple(std))
+    info = DataInfo(Path(root).name, label_map.classes, mean=tuple(mean), std=tuple(std), stretch=tuple(stretch))
     return FolderSource(info, Pairing(pairs, problems), label_map, ignore_instance=ignore_instance)
