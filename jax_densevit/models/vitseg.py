@@ -142,8 +142,9 @@ class ViTSeg(nn.Module):
         if tuple(size) != wanted:
             raise UserError(
                 f"ViTSeg takes images of {wanted[0]}x{wanted[1]} only (its MLP over the flattened tokens has a weight "
-                f"for every place), not of {size[0]}x{size[1]}: set model.image_size for training at another size, and "
-                f"task.fixed_size=({wanted[0]}, {wanted[1]}) to decode pictures of any size."
+                f"for every place), not of {size[0]}x{size[1]}: train at another size with model.image_size, decode "
+                f"pictures of any size with task.fixed_size=({wanted[0]}, {wanted[1]}), on the command line "
+                f"--fixed_size={wanted[0]},{wanted[1]}."
             )
 
     @nn.compact

@@ -164,7 +164,7 @@ def test_the_shortcut_of_a_patch_paints_its_own_block_only_in_the_grid():
 
 
 def test_one_size_only():
-    with pytest.raises(UserError, match=r"takes images of 8x12 only .* not of 16x12: set model.image_size .*\(8, 12\)"):
+    with pytest.raises(UserError, match=r"takes images of 8x12 only .* not of 16x12: .* --fixed_size=8,12"):
         build(images=np.zeros((1, 16, 12, 3), np.float32))
     with pytest.raises(UserError, match="images of 256x256 only"):
         find_model("vitseg").macs(create_model("vitseg"), (256, 512))
