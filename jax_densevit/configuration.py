@@ -57,10 +57,13 @@ def default_config() -> ConfigDict:
             "optimizer": {
                 "name": "adamw",  # "adamw", "sgd", "rmsprop_legacy"
                 "learning_rate": 1e-3,
-                "schedule": "cosine",  # "constant", "cosine", "poly"
+                "schedule": "cosine",  # "constant", "cosine", "poly", "piecewise"
                 "warmup_steps": 0,
                 "min_learning_rate": 0.0,
                 "power": 0.9,  # of "poly"
+                # Of "piecewise": from step boundaries[i] on the rate is learning_rate * factors[i].
+                "boundaries": (),
+                "factors": (),
                 "momentum": 0.9,  # of "sgd"; of "rmsprop_legacy" the decay of the mean square
                 "b1": 0.9,
                 "b2": 0.999,

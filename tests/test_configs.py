@@ -31,6 +31,7 @@ CONFIGS = {
     "own_folder": (2, ("", "unet", "setr"), ("quick", "setr,quick")),
     "colorization/sample_photos": (3, ("", "lab"), ("quick",)),
     "colorization/photo_folder": (3, ("", "lab", "study"), ("lab,quick", "study,quick")),
+    "seq2seg/cityscapes": (34, ("", "skip", "no_skip", "unet"), ("no_skip,quick", "unet,quick")),
     "setr/ade20k": (150, ("", *SETR, "160k"), ("quick", "naive_deit,mmseg,multiscale,quick")),
     "setr/cityscapes": (19, ("", *ROWS, "40k", "80k", "100k"), ("mla_base,quick",)),
     "vitseg/cityscapes": (19, ("", "grid", "rows", "spiral"), ("quick", "spiral,quick")),

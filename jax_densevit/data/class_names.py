@@ -39,6 +39,21 @@ CITYSCAPES_PALETTE = _colors(
     003c64 005064 0000e6 770b20
     """
 )
+# All label ids 0..33, those that are not evaluated among them.
+CITYSCAPES_ALL_CLASSES = _names(
+    """
+    unlabeled; ego vehicle; rectification border; out of roi; static; dynamic; ground; road; sidewalk; parking;
+    rail track; building; wall; fence; guard rail; bridge; tunnel; pole; polegroup; traffic light; traffic sign;
+    vegetation; terrain; sky; person; rider; car; truck; bus; caravan; trailer; train; motorcycle; bicycle
+    """
+)
+CITYSCAPES_ALL_PALETTE = _colors(
+    """
+    000000 000000 000000 000000 000000 6f4a00 510051 804080 f423e8 faaaa0 e6968c 464646 66669c be9999 b4a5b4 966464
+    96785a 999999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e 000046 003c64 00005a 00006e 005064
+    0000e6 770b20
+    """
+)
 
 ADE20K_CLASSES = _names(
     """

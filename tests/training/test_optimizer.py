@@ -158,6 +158,21 @@ def test_schedules_rise_then_fall_and_stay_within_their_bounds(schedule, steps, 
         assert float(rate(late, factor)) == pytest.approx(end, rel=1e-5, abs=1e-9)
 
 
+def test_piecewise_rates():
+    """Seq2Seg's: 1e-4, 5e-5 after 15 epochs of 123 steps, 1e-5 after 30; the same steps for every group."""
+    pieces = {"schedule": "piecewise", "boundaries": (1845, 3690), "factors": (0.5, 0.1)}
+    rate = learning_rates(tiny_config(learning_rate=1e-4, **pieces), 5535)
+    for factor in (1.0, 10.0):
+        for step, expected in ((0, 1e-4), (1844, 1e-4), (1845, 5e-5), (3689, 5e-5), (3690, 1e-5), (5534, 1e-5)):
+            assert float(rate(step, factor)) == pytest.approx(factor * expected, rel=1e-6)
+    warm = learning_rates(tiny_config(learning_rate=1e-4, warmup_steps=4, **pieces), 5535)
+    assert [float(warm(step, 1.0)) for step in (0, 1, 3, 4)] == pytest.approx([2.5e-5, 5e-5, 1e-4, 1e-4])
+    assert float(warm(2000, 1.0)) == pytest.approx(5e-5)
+    # A rate may rise again.
+    rate = learning_rates(tiny_config(learning_rate=1.0, **{**pieces, "factors": [0.0, 3.0]}), 5535)
+    assert [float(rate(step, 1.0)) for step in (1844, 1845, 3690)] == [1.0, 0.0, 3.0]
+
+
 def test_the_schedule_that_is_returned_is_the_one_that_is_applied():
     config = tiny_config(momentum=0.0, schedule="cosine", warmup_steps=2)
     params = {"w": np.zeros(3, np.float32)}
@@ -217,6 +232,15 @@ def test_only_kernels_are_decayed_stacked_layers_too():
         ({"learning_rate": -0.1}, "optimizer.learning_rate is -0.1"),
         ({"weight_decay": float("nan")}, "optimizer.weight_decay is nan"),
         ({"min_learning_rate": 0.2}, "min_learning_rate 0.2 is above"),
+        ({"schedule": "piecewise"}, "has 0 optimizer.boundaries and 0 optimizer.factors"),
+        ({"schedule": "piecewise", "boundaries": (3, 6), "factors": (0.1,)}, "2 optimizer.boundaries and 1 optimizer"),
+        ({"schedule": "piecewise", "boundaries": (6, 3), "factors": (0.5, 0.1)}, "in rising order"),
+        ({"schedule": "piecewise", "boundaries": (0, 3), "factors": (0.5, 0.1)}, "above 0"),
+        ({"schedule": "piecewise", "boundaries": (3,), "factors": (-1.0,)}, "must not be negative"),
+        (
+            {"schedule": "piecewise", "boundaries": (3,), "factors": (0.1,), "min_learning_rate": 0.01},
+            "no meaning with schedule='piecewise'",
+        ),
         ({"warmup_steps": 10}, "warmup_steps 10 leaves nothing of a training of 10 steps"),
         ({"multipliers": (("haed", 10),)}, "'haed' matches no parameter"),
         ({"multipliers": (("head", -1),)}, "factor of 'head' is -1"),

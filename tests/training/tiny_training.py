@@ -60,6 +60,8 @@ def tiny_config(**changes):
         "warmup_steps": 0,
         "min_learning_rate": 0.0,
         "power": 0.9,
+        "boundaries": (),
+        "factors": (),
         "momentum": 0.9,
         "b1": 0.9,
         "b2": 0.999,

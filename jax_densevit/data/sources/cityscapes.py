@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
-from jax_densevit.data.class_names import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
+from jax_densevit.data.class_names import (
+    CITYSCAPES_ALL_CLASSES,
+    CITYSCAPES_ALL_PALETTE,
+    CITYSCAPES_CLASSES,
+    CITYSCAPES_PALETTE,
+)
 from jax_densevit.data.files import list_images, pair_by_name
 from jax_densevit.data.folder_source import FolderSource
 from jax_densevit.data.label_maps import CITYSCAPES_TRAIN_IDS, LabelMap
@@ -28,7 +33,12 @@ def cityscapes_info() -> DataInfo:
 
 @register_source("cityscapes")
 def cityscapes(
-    root: str, split: str, ids: str = "auto", coarse: bool = False, size: tuple[int, int] = (0, 0)
+    root: str,
+    split: str,
+    ids: str = "auto",
+    coarse: bool = False,
+    size: tuple[int, int] = (0, 0),
+    all_classes: bool = False,
 ) -> FolderSource:
     """Cityscapes, 19 classes: 2,975 train, 500 val fine annotations of 1024x2048 (19,998 coarse in train_extra).
 
@@ -40,6 +50,8 @@ def cityscapes(
       coarse: read gtCoarse instead of gtFine.
       size: (height, width) to which images and labels are resized, aspect not kept, as small studies do: (256, 256) for
         ViTSeg, (140, 280) for Seq2Seg. `prepare` saves reading the large files every time.
+      all_classes: learn and score all 34 label ids as they are in the "labelIds" files, also those that the benchmark
+        leaves out ("unlabeled", "ego vehicle", ...), as Seq2Seg's report does; scores do not compare with others then.
     """
     if split == "test":
         raise UserError("cityscapes: the annotations of the test split are not public; evaluate on split='val'.")
@@ -48,10 +60,18 @@ def cityscapes(
         raise UserError(f"cityscapes: there is no split {split!r}{did_you_mean(split, known)}")
     if ids not in IDS:
         raise UserError(f"cityscapes: ids={ids!r} is unknown{did_you_mean(ids, IDS)}")
+    if all_classes and ids == "labelTrainIds":
+        raise UserError("cityscapes: all_classes=True needs the files with ids='labelIds'; leave ids out.")
     kind = "gtCoarse" if coarse else "gtFine"
     images = list_images(Path(root, "leftImg8bit", split), "_leftImg8bit.png")
     folder = Path(root, kind, split)
-    if ids == "auto":
+    if all_classes:
+        ids = "labelIds"
+    elif ids == "auto":
         ids = "labelTrainIds" if list_images(folder, f"_{kind}_labelTrainIds.png") else "labelIds"
     pairing = pair_by_name(images, list_images(folder, f"_{kind}_{ids}.png"))
+    if all_classes:
+        labels = LabelMap(CITYSCAPES_ALL_CLASSES, ignore=255, palette=CITYSCAPES_ALL_PALETTE)
+        info = DataInfo("cityscapes", CITYSCAPES_ALL_CLASSES, CITYSCAPES_ALL_PALETTE)
+        return FolderSource(info, pairing, labels, resize=size)
     return FolderSource(cityscapes_info(), pairing, cityscapes_label_map(ids), resize=size)
