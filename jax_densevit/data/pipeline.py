@@ -1,7 +1,8 @@
 """Streams of batches: training forever along the order of the seed, evaluation once over every example.
 
-A training stream is a pure function of (source, seed, step): to resume, start it at the step. tf.data runs it when
-TensorFlow is installed; otherwise, and for whatever needs no resizing, plain threads give the identical stream.
+A training stream is a pure function of (source, seed, step): to resume, start it at the step. tf.data runs it where
+images are resized. Where none is, plain threads give the identical stream with less work beside the reading, and
+without TensorFlow.
 """
 
 import collections
@@ -56,8 +57,8 @@ def train_stream(
       threads: how many threads read and decode; 0 = one per core.
       start_step: the first global batch; the stream is the tail of the one that starts at 0.
       process_index, process_count: which host this is of how many.
-      feeder: "tensorflow", "threads", or "auto": TensorFlow where it is installed. Both give the same batches; only
-        TensorFlow resizes.
+      feeder: "tensorflow", "threads", or "auto": TensorFlow where images are resized. Both give the same batches; only
+        TensorFlow resizes, and threads cost less.
 
     Returns:
       An iterator of dicts of NumPy arrays: "image" uint8 [b, h, w, 3]; "labels" uint8 [b, h, w] and "instances" uint16
@@ -91,7 +92,7 @@ def train_stream(
         reader.crop = RandomCrop(crop, resize_box, tuple(resize_ratio), max_class_ratio, fill, source.info.ignore)
     if max_class_ratio < 1 and (reader.crop is None or "labels" not in reader.names):
         raise UserError("data.max_class_ratio needs data.crop and a source with labels; set it to 1.")
-    feed = threads_feed if feeder == "threads" or not installed else tensorflow_feed
+    feed = tensorflow_feed if reader.resizes or (feeder == "tensorflow" and installed) else threads_feed
     return TrainStream(reader, feed, threads or default_threads(), start_step)
 
 
