@@ -143,19 +143,13 @@ class ColorizationTask:
         room = tuple(batch["image"].shape[1:3])
         size = tuple(batch.get("size", room))
         fed = self.decoding_size(*size)
-        if fed == size:
-            gray, images = _prepare(self, batch["image"], fed, None)
-            output = forward(images)
-            given, covers, cut = output.logits.shape[1:3], output.covers, size
-            outputs = output.logits
-        else:  # first to what the model was fed, then to the picture
-            shrink = tuple(averages(size[i], fed[i], room[i]) for i in (0, 1))
-            gray, images = _prepare(self, batch["image"], fed, shrink)
-            output = forward(images)
-            outputs = _enlarge(output.logits, output.covers, fed)
-            given, covers, cut = fed, size, size
-        self._checked(outputs)
-        place = tuple(samples(given[i], covers[i], room=room[i], cut=cut[i]) for i in (0, 1))
+        shrink = None if fed == size else tuple(averages(size[i], fed[i], room[i]) for i in (0, 1))
+        gray, images = _prepare(self, batch["image"], fed, shrink)
+        output = forward(images)
+        outputs, covers = self._checked(output.logits), output.covers
+        if fed != size:  # first to what the model was fed, then to the picture
+            outputs, covers = _enlarge(outputs, covers, fed), size
+        place = tuple(samples(outputs.shape[1 + i], covers[i], room=room[i], cut=size[i]) for i in (0, 1))
         return {"image": _paint(self, outputs, gray, *place, self.keeps_luminance(fed == size)), "gray": gray}
 
     def decoding_size(self, height: int, width: int) -> tuple[int, int]:
