@@ -100,7 +100,8 @@ def _layer_norm_forward(x, scale, bias, epsilon, dtype):
 
 def _layer_norm_backward(epsilon, dtype, kept, dy):
     x, mean, factor, scale = kept
-    dy = dy.astype(jnp.float32)
+    # Behind a barrier, or the compiler keeps the normalised input of the forward pass in memory instead.
+    x, dy = jax.lax.optimization_barrier((x, dy.astype(jnp.float32)))
     normal = (x.astype(jnp.float32) - mean) * factor
     dnormal = dy * scale
     dx = dnormal - dnormal.mean(axis=-1, keepdims=True) - normal * (dnormal * normal).mean(axis=-1, keepdims=True)
