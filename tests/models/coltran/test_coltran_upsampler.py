@@ -84,14 +84,20 @@ def test_a_channel_knows_itself_and_the_gray_picture(stage):
     assert np.abs(apply(values, gray, channels[:, [1, 2, 0]]) - logits).max() > 1e-3
 
 
-def test_gradient_reaches_every_parameter():
-    model = upsampler(remat="full")
-    params = parameters(model)
-    gradients = jax.jit(
-        jax.grad(lambda params: jnp.square(model.apply({"params": params}, *inputs("color"), train=True).logits).mean())
-    )(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+def test_gradient_reaches_every_parameter_and_remat_changes_none():
+    gradients = []
+    for policy in ("none", "full"):
+        model = upsampler(remat=policy, num_layers=1)
+        params = parameters(model)
+
+        def loss(params, model=model):
+            return jnp.square(model.apply({"params": params}, *inputs("color"), train=True).logits).mean()
+
+        gradients.append(jax.jit(jax.grad(loss))(params))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients[0]):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+    for kept, recomputed in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(recomputed, kept, atol=1e-5)
 
 
 def test_half_precision_computes_in_it_and_answers_in_float32():
