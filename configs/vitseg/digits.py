@@ -5,8 +5,8 @@ Command:   python -m jax_densevit.train --config=configs/vitseg/digits.py:grid -
            python docs/studies/curves.py runs/vitseg_grid runs/vitseg_rows --output=curves.png
 Words:     grid (default), rows, spiral, quick (steps of a second, learns nothing)
 Hardware:  a laptop: two CPU cores, 2 GB of memory; some minutes each
-Expected:  see docs/studies/vitseg_rows_and_grid.md
-Run here:  see there.
+Expected:  val mIoU after 200 steps: grid 0.101, rows 0.074 (all background); see docs/studies/vitseg_rows_and_grid.md
+Run here:  200 of the 500 steps, 2026-11-21, on two busy AMD EPYC cores; `spiral` only with quick.
 """
 
 from jax_densevit.configuration import ConfigDict, choose, default_config, default_evaluator, sibling, words
