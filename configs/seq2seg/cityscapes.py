@@ -61,7 +61,8 @@ def get_config(arg=""):
         if form == "unet":
             config.model.base = 4
         else:
-            config.model.update(hidden_size=32, num_layers=2, num_heads=2, mlp_size=48, patch_size=8, image_size=32)
+            config.model.update(hidden_size=32, num_layers=2, num_heads=2, mlp_size=48, patch_size=8)
+            config.model.image_size = (32, 32)
         config.batch_size = 8
         config.steps = 2
         config.optimizer.boundaries, config.optimizer.factors = (1,), (0.5,)
