@@ -59,6 +59,8 @@ class SegmentationTask:
         take images of one size only, such as ViTSeg. (0, 0) = off.
       scales: factors on the base size; class probabilities are averaged over scales and mirror images.
       flip: decode the mirror image as well.
+      rotate90: decode the picture turned by 90, 180 and 270 degrees as well (and their mirror images, if `flip`), for
+        pictures without an up: microscopes, satellites. Windows keep their (height, width).
       loss_rows: output rows per block of the fused resize and loss; 0 = by memory.
     """
 
@@ -80,6 +82,7 @@ class SegmentationTask:
     fixed_size: tuple[int, int] = (0, 0)
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+    rotate90: bool = False
     loss_rows: int = 0
 
     def __post_init__(self):
@@ -184,10 +187,13 @@ class SegmentationTask:
         image = batch["image"]
         room = tuple(image.shape[1:3])
         size = tuple(batch.get("size", room))
-        mirrored = (False, True) if self.flip else (False,)
-        passes = [(self.decoding_size(*size, scale), flip) for scale in self.scales for flip in mirrored]
-        total = None
-        for fed, flip in passes:
+        fed_sizes = [self.decoding_size(*size, scale) for scale in self.scales]
+        passes = [(fed, view) for fed in fed_sizes for view in _views(self.flip, self.rotate90)]
+        upright, total = (image, size, room), None
+        for fed, (transposed, *flip) in passes:
+            image, size, room = upright
+            if transposed:
+                image, size, room, fed = image.swapaxes(1, 2), size[::-1], room[::-1], fed[::-1]
             if self.mode == "slide":
                 images = _prepare(self, image, size, fed, self._room_to_slide(fed, batch), flip)
                 at_once = max(1, self.windows_at_once // len(images))
@@ -196,7 +202,7 @@ class SegmentationTask:
             else:
                 output = forward(_prepare(self, image, size, fed, fed, flip))
                 logits, covers = output.logits, output.covers
-                if fed == size and (covers == fed or not flip):
+                if fed == size and (covers == fed or not any(flip)):
                     place = _samples(logits.shape[1:3], covers, room, flip, cut=size)
                 else:  # first to what the model was fed, then to the picture
                     logits = _enlarge(logits, covers, fed)
@@ -204,7 +210,7 @@ class SegmentationTask:
             self._checked(logits)
             if len(passes) == 1 and not probabilities:
                 return _choose(self, logits, *place, full)
-            total = _add(self, total, logits, *place)
+            total = _add(self, total, logits, *place, transposed)
         return _choose_from_mean(self, total, len(passes), full, probabilities)
 
     def choose(self, logits: jax.Array, full: bool = False) -> Batch:
@@ -277,7 +283,17 @@ class SegmentationTask:
 
     def protocol(self) -> dict[str, Any]:
         """How predictions are made, JSON-ready: whatever changes a score."""
-        names = ("mode", "crop", "stride", "base_size", "short_side_at_least", "fixed_size", "scales", "flip")
+        names = (
+            "mode",
+            "crop",
+            "stride",
+            "base_size",
+            "short_side_at_least",
+            "fixed_size",
+            "scales",
+            "flip",
+            "rotate90",
+        )
         return {"task": self.kind, "ignore": self.info.ignore, **{name: getattr(self, name) for name in names}}
 
     def charts(self, results: dict[str, dict[str, Any]]) -> dict[str, Image.Image]:
@@ -322,15 +338,27 @@ class SegmentationTask:
         return logits
 
 
-def _samples(given, length, room, mirrored: bool, cut=(0, 0)) -> tuple[Samples, Samples]:
-    """Samples of rows and columns; the mirror image is taken of columns."""
-    down = samples(given[0], length[0], room=room[0], cut=cut[0])
-    return down, samples(given[1], length[1], room=room[1], cut=cut[1], mirrored=mirrored)
+def _views(flip: bool, rotate90: bool) -> list[tuple[bool, bool, bool]]:
+    """The views of a picture as (rows and columns exchanged, then the order of rows reversed, that of columns)."""
+    turns = [(False, False, False)]
+    if rotate90:  # clockwise by 90, 180 and 270 degrees
+        turns += [(True, False, True), (False, True, True), (True, True, False)]
+    return [
+        (*turn, columns ^ mirrored) for *turn, columns in turns for mirrored in ((False, True) if flip else (False,))
+    ]
 
 
-def _prepare(task: SegmentationTask, image: jax.Array, size, fed, room, flip: bool) -> jax.Array:
-    """Normalised images, those of `size` resized to `fed`, mirrored if asked, in arrays of `room`; 0 beyond."""
-    same = tuple(image.shape[1:3]) == size == fed == room and not flip
+def _samples(given, length, room, mirrored, cut=(0, 0)) -> tuple[Samples, ...]:
+    """Samples of rows and columns, each mirrored if asked."""
+    sides = zip(given, length, room, cut, mirrored, strict=True)
+    return tuple(samples(g, n, room=r, cut=c, mirrored=m) for g, n, r, c, m in sides)
+
+
+def _prepare(task: SegmentationTask, image: jax.Array, size, fed, room, flip) -> jax.Array:
+    """Normalised images, those of `size` resized to `fed`, rows and columns mirrored if asked, in arrays of `room`; 0
+    beyond.
+    """
+    same = tuple(image.shape[1:3]) == size == fed == room and not any(flip)
     return _normalise(task, image, None if same else _samples(size, fed, room, flip))
 
 
@@ -353,10 +381,11 @@ def _choose(task: SegmentationTask, logits: jax.Array, down: Samples, across: Sa
     return map_over_pixels(lambda block: task.choose(block, full), logits.astype(jnp.float32), down, across, rows=rows)
 
 
-@functools.partial(jax.jit, static_argnames="task", donate_argnums=1)
-def _add(task, total: jax.Array | None, logits: jax.Array, down: Samples, across: Samples) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("task", "transposed"), donate_argnums=1)
+def _add(task, total: jax.Array | None, logits: jax.Array, down: Samples, across: Samples, transposed: bool):
     """The sum `[B, H, W, K]` of what is averaged over passes, with that of one more pass."""
     values = task.averaged(sample_axis(sample_axis(logits.astype(jnp.float32), down, 1), across, 2))
+    values = values.swapaxes(1, 2) if transposed else values
     return values if total is None else total + values
 
 

@@ -1,5 +1,6 @@
 """Decoding and losses of the segmentation task against slow NumPy."""
 
+import itertools
 import json
 
 import jax
@@ -92,18 +93,18 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def slow_decode(model, image, mode, crop, stride, sizes, flip, size):
+def slow_decode(model, image, mode, crop, stride, sizes, flip, size, turns=(0,)):
     """Mean class probabilities of one uint8 picture."""
     normal = (image / 255.0 - np.array(INFO.mean)) / np.array(INFO.std)
     total = np.zeros((*size, 3))
     for test_size in sizes:
-        for mirrored in (False, True) if flip else (False,):
-            x = interpolate(normal, test_size)
+        for mirrored, turn in itertools.product((False, True) if flip else (False,), turns):
+            x = np.rot90(interpolate(normal, test_size), -turn)
             x = x[:, ::-1] if mirrored else x
             logits = slow_slide(model, x, crop, stride) if mode == "slide" else model.slow(x)
             logits = logits[:, ::-1] if mirrored else logits
-            total += softmax(interpolate(logits, size))
-    return total / (len(sizes) * (1 + flip))
+            total += softmax(interpolate(np.rot90(logits, turn), size))
+    return total / (len(sizes) * (1 + flip) * len(turns))
 
 
 def pictures(seed, batch, height, width):
@@ -135,6 +136,7 @@ def check(options, sizes, image):
             sizes,
             options.get("flip", False),
             (height, width),
+            range(4) if options.get("rotate90") else (0,),
         )
         for result in (answer, roomy[0]):
             np.testing.assert_allclose(result["probabilities"][i], expected, atol=2e-5)
@@ -161,6 +163,13 @@ def test_sliding_windows(height, width):
 def test_scales_flip_and_windows_together():
     options = {"mode": "slide", "crop": 12, "stride": 8, "scales": (0.5, 1.0, 1.5), "flip": True}
     check(options, [(10, 13), (20, 25), (30, 38)], pictures(2, 1, 20, 25))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_right_angles(flip):
+    check({"rotate90": True, "flip": flip}, [(13, 18)], pictures(5, 2, 13, 18))
+    options = {"mode": "slide", "crop": 8, "stride": 5, "scales": (1.0, 1.5)}
+    check({**options, "rotate90": True, "flip": flip}, [(11, 14), (17, 21)], pictures(6, 1, 11, 14))
 
 
 def test_base_size_keeps_the_aspect():
