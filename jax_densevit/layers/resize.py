@@ -116,6 +116,17 @@ def area_weights(given: int, length: int) -> np.ndarray:
     return np.maximum(end - np.maximum(outputs * given, inputs * length), 0).astype(np.int32)
 
 
+def largest_window(size: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    """The largest (height, width) within a picture of `size` that has the proportions of `shape`, rounded down.
+
+    For a square shape that is the shorter side, twice.
+    """
+    (height, width), (rows, columns) = size, shape
+    if height * columns >= width * rows:
+        return max(1, width * rows // columns), width
+    return height, max(1, height * columns // rows)
+
+
 def center_square(x):
     """The middle square of a picture `[..., h, w, C]`; an odd row or column more is left out at the end."""
     side = min(x.shape[-3:-1])

@@ -20,9 +20,8 @@ import numpy as np
 
 from jax_densevit.layers.color import ciede2000, rgb_to_lab
 from jax_densevit.metrics.metric import Metric, State
+from jax_densevit.metrics.sums import exact_mean, exact_sum, no_pictures, sums, together
 
-_PIECE = 8192  # pixels of a row that one int32 adds up, each below 2**18
-_LOW = 16  # bits of a sum that go into "low"
 WINDOW, SIGMA = 11, 1.5  # of SSIM
 _BLOCK = 64  # windows that one matrix product slides over
 
@@ -39,7 +38,7 @@ class PixelErrors:
 
     def empty(self) -> State:
         """`histogram` int64 [256]: channel values by absolute difference; per picture `values`, `squares_*` int64."""
-        return {"histogram": np.zeros(256, np.int64), **_no_pictures("values", "squares_high", "squares_low")}
+        return {"histogram": np.zeros(256, np.int64), **no_pictures("values", "squares_high", "squares_low")}
 
     def measure(self, truth: jax.Array, picture: jax.Array, mask: jax.Array | None = None, size: Any = None) -> State:
         """Counts of one batch; runs inside `jit`.
@@ -54,14 +53,14 @@ class PixelErrors:
         bins = jnp.where(inside[..., None], difference, 256).reshape(len(truth), -1)
         # Per example first: a batch sharded over devices is counted where it lies.
         counts = jax.vmap(lambda b: jnp.zeros(257, jnp.int32).at[b].add(1))(bins)
-        squares = _exact_sum("squares", jnp.where(inside, (difference**2).sum(-1), 0))
+        squares = exact_sum("squares", jnp.where(inside, (difference**2).sum(-1), 0))
         return {"histogram": counts[:, :256].sum(0), "values": pixels * truth.shape[-1], **squares}
 
     def merge(self, a: State, b: State) -> State:
         """The pictures of both; histograms are added."""
         histogram = np.asarray(a["histogram"], np.int64) + np.asarray(b["histogram"], np.int64)
         rest = [{name: rows for name, rows in state.items() if name != "histogram"} for state in (a, b)]
-        return {"histogram": histogram, **_together(*rest, "values")}
+        return {"histogram": histogram, **together(*rest, "values")}
 
     def compute(self, state: State) -> dict[str, Any]:
         """`L1`, `charbonnier`, `MSE` over all pixels, `PSNR` (dB, mean over pictures), `PSNR_of_all_pixels`.
@@ -74,12 +73,12 @@ class PixelErrors:
         def mean(of_level: np.ndarray) -> float | None:
             return math.fsum(histogram * of_level) / count if count else None
 
-        error = _sums("squares", state) / 255**2 / state["values"]
+        error = sums("squares", state) / 255**2 / state["values"]
         return {
             "L1": mean(level),
             "charbonnier": mean(np.sqrt(level**2 + self.epsilon**2)),
             "MSE": mean(level**2),
-            "PSNR": _mean(-10 * np.log10(error[error > 0])),
+            "PSNR": exact_mean(-10 * np.log10(error[error > 0])),
             "PSNR_of_all_pixels": -10 * math.log10(mean(level**2)) if histogram[1:].any() else None,
             "identical": int((error == 0).sum()),
             "pictures": len(error),
@@ -95,7 +94,7 @@ class SSIM:
 
     def empty(self) -> State:
         """Per picture: `windows` and the sum of SSIM over them in units of 2**-17, `sum_*`, int64."""
-        return _no_pictures("windows", "sum_high", "sum_low", "pictures")
+        return no_pictures("windows", "sum_high", "sum_low", "pictures")
 
     def measure(self, truth: jax.Array, picture: jax.Array, mask: jax.Array | None = None, size: Any = None) -> State:
         """Sums of one batch; arguments as in :meth:`PixelErrors.measure`."""
@@ -105,17 +104,17 @@ class SSIM:
         inside, windows = _area(maps, mask, (height - border, width - border))
         values = jnp.where(inside, jnp.round(maps / self._UNIT).astype(jnp.int32), 0)
         pictures = jnp.ones(len(truth), jnp.int32) if mask is None else mask.astype(jnp.int32)
-        return {"windows": windows, **_exact_sum("sum", values), "pictures": pictures}
+        return {"windows": windows, **exact_sum("sum", values), "pictures": pictures}
 
     def merge(self, a: State, b: State) -> State:
         """The pictures of both."""
-        return _together(a, b, "pictures")
+        return together(a, b, "pictures")
 
     def compute(self, state: State) -> dict[str, Any]:
         """`SSIM`, the mean over pictures; those smaller than the window have none (`too_small_for_SSIM`)."""
         some = state["windows"] > 0
-        value = _sums("sum", state)[some] * self._UNIT / state["windows"][some]
-        return {"SSIM": _mean(value), "too_small_for_SSIM": int((~some).sum())}
+        value = sums("sum", state)[some] * self._UNIT / state["windows"][some]
+        return {"SSIM": exact_mean(value), "too_small_for_SSIM": int((~some).sum())}
 
 
 class CIEDE2000:
@@ -125,22 +124,22 @@ class CIEDE2000:
 
     def empty(self) -> State:
         """Per picture: `pixels` and the sum of differences over them in units of 2**-10, `sum_*`, int64."""
-        return _no_pictures("pixels", "sum_high", "sum_low")
+        return no_pictures("pixels", "sum_high", "sum_low")
 
     def measure(self, truth: jax.Array, picture: jax.Array, mask: jax.Array | None = None, size: Any = None) -> State:
         """Sums of one batch; arguments as in :meth:`PixelErrors.measure`."""
         inside, pixels = _area(truth, mask, size)
         difference = ciede2000(*(rgb_to_lab(image.astype(jnp.float32) / 255) for image in (truth, picture)))
         values = jnp.where(inside, jnp.round(difference / self._UNIT).astype(jnp.int32), 0)
-        return {"pixels": pixels, **_exact_sum("sum", values)}
+        return {"pixels": pixels, **exact_sum("sum", values)}
 
     def merge(self, a: State, b: State) -> State:
         """The pictures of both."""
-        return _together(a, b, "pixels")
+        return together(a, b, "pixels")
 
     def compute(self, state: State) -> dict[str, Any]:
         """`CIEDE2000`: 0 is the same color, 1 about the least difference that is seen, 100 black against white."""
-        return {"CIEDE2000": _mean(_sums("sum", state) * self._UNIT / state["pixels"])}
+        return {"CIEDE2000": exact_mean(sums("sum", state) * self._UNIT / state["pixels"])}
 
 
 class Colorfulness:
@@ -152,7 +151,7 @@ class Colorfulness:
 
     def empty(self) -> State:
         """Per picture: `pixels` and for both pictures the sums of `rg`, `2 yb` and of their squares, int64."""
-        return _no_pictures("pixels", *(f"{name}_{part}" for name in self._SUMS for part in ("high", "low")))
+        return no_pictures("pixels", *(f"{name}_{part}" for name in self._SUMS for part in ("high", "low")))
 
     def measure(self, truth: jax.Array, picture: jax.Array, mask: jax.Array | None = None, size: Any = None) -> State:
         """Sums of one batch; arguments as in :meth:`PixelErrors.measure`."""
@@ -162,12 +161,12 @@ class Colorfulness:
             red, green, blue = jnp.moveaxis(jnp.where(inside[..., None], image, 0).astype(jnp.int32), -1, 0)
             rg, yb = red - green, red + green - 2 * blue
             for what, values in (("rg", rg), ("yb", yb), ("rg2", rg**2), ("yb2", yb**2)):
-                state |= _exact_sum(f"{whose}_{what}", values)
+                state |= exact_sum(f"{whose}_{what}", values)
         return state
 
     def merge(self, a: State, b: State) -> State:
         """The pictures of both."""
-        return _together(a, b, "pixels")
+        return together(a, b, "pixels")
 
     def compute(self, state: State) -> dict[str, Any]:
         """Means over pictures: `colorfulness`, `true_colorfulness`, the signed `delta_colorfulness` between the two
@@ -176,15 +175,15 @@ class Colorfulness:
         found = {whose: self._of_pictures(state, whose) for whose in ("truth", "picture")}
         delta = found["picture"] - found["truth"]
         return {
-            "colorfulness": _mean(found["picture"]),
-            "true_colorfulness": _mean(found["truth"]),
-            "delta_colorfulness": _mean(delta),
-            "abs_delta_colorfulness": _mean(np.abs(delta)),
+            "colorfulness": exact_mean(found["picture"]),
+            "true_colorfulness": exact_mean(found["truth"]),
+            "delta_colorfulness": exact_mean(delta),
+            "abs_delta_colorfulness": exact_mean(np.abs(delta)),
         }
 
     def _of_pictures(self, state: State, whose: str) -> np.ndarray:
         units = {"rg": 1, "yb": 2, "rg2": 1, "yb2": 4}
-        return _colorfulness(*(_sums(f"{whose}_{of}", state) / (unit * state["pixels"]) for of, unit in units.items()))
+        return _colorfulness(*(sums(f"{whose}_{of}", state) / (unit * state["pixels"]) for of, unit in units.items()))
 
 
 class PictureMetrics:
@@ -283,43 +282,3 @@ def _area(images: jax.Array, mask: jax.Array | None, size: Any) -> tuple[jax.Arr
     if mask is not None:
         inside &= mask[:, None, None]
     return inside, inside.sum((1, 2), dtype=jnp.int32)
-
-
-def _exact_sum(name: str, values: jax.Array) -> dict[str, jax.Array]:
-    """The sums of int32 `[B, H, W]`, each below 2**18 in size, as `high * 2**16 + low`: int32 `[B]` both.
-
-    Exact up to 2**15 rows of 8192 pixels, twice the most that an image file may have.
-    """
-    batch, _, width = values.shape
-    if values.size == 0:
-        return {f"{name}_{part}": jnp.zeros(batch, jnp.int32) for part in ("high", "low")}
-    if width > _PIECE:
-        values = jnp.pad(values, ((0, 0), (0, 0), (0, -width % _PIECE)))
-    pieces = values.reshape(batch, -1, min(width, _PIECE)).sum(-1)
-    high, low = pieces >> _LOW, pieces & (2**_LOW - 1)
-    return {f"{name}_high": high.sum(-1), f"{name}_low": low.sum(-1)}
-
-
-def _sums(name: str, state: State) -> np.ndarray:
-    """float64 `[pictures]` of what :func:`_exact_sum` split."""
-    return (state[f"{name}_high"] * 2**_LOW + state[f"{name}_low"]).astype(np.float64)
-
-
-def _no_pictures(*names: str) -> State:
-    return {name: np.zeros(0, np.int64) for name in names}
-
-
-def _together(a: State, b: State, count: str) -> State:
-    """The pictures of both states; those whose `count` is 0 were masked out."""
-    counted = [np.asarray(state[count]) > 0 for state in (a, b)]
-    return {
-        name: np.concatenate(
-            [np.asarray(state[name], np.int64)[kept] for state, kept in zip((a, b), counted, strict=True)]
-        )
-        for name in a
-    }
-
-
-def _mean(values: np.ndarray) -> float | None:
-    """The mean, the same in any order; None of nothing."""
-    return math.fsum(values) / len(values) if len(values) else None

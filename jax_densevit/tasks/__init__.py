@@ -1,6 +1,14 @@
 """What is learned: loss, decoding, metrics and picture sheet, one file per task."""
 
-from jax_densevit.tasks import colorization, palette, segmentation, spiral
+from jax_densevit.tasks import colorization, coltran_colorizer, coltran_upsamplers, palette, segmentation, spiral
 from jax_densevit.tasks.registry import create_task
 
-__all__ = ["colorization", "create_task", "palette", "segmentation", "spiral"]
+__all__ = [
+    "colorization",
+    "coltran_colorizer",
+    "coltran_upsamplers",
+    "create_task",
+    "palette",
+    "segmentation",
+    "spiral",
+]
