@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jax_densevit.errors import UserError
 from jax_densevit.layers.attention import attend, attention_macs
+from jax_densevit.layers.product import flat_product
 from jax_densevit.layers.transformer import Mlp, layer_norm
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, [B, T, heads, d] each
@@ -50,7 +51,7 @@ class DecoderBlock(nn.Module):
         heads, init = (self.num_heads, self.hidden_size // self.num_heads), nn.initializers.normal(0.02)
 
         def project(*shape, axis=-1):
-            return nn.DenseGeneral(shape, axis=axis, dtype=self.dtype, kernel_init=init)
+            return nn.DenseGeneral(shape, axis=axis, dtype=self.dtype, kernel_init=init, dot_general=flat_product)
 
         self.norm1, self.norm2, self.norm3 = (layer_norm(self.norm_epsilon, self.dtype, None) for _ in range(3))
         self.qkv, self.query, self.memory = project(3, *heads), project(*heads), project(2, *heads)

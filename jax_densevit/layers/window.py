@@ -18,6 +18,7 @@ from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.attention import attend_by_head
 from jax_densevit.layers.depthwise import DepthwiseConv
 from jax_densevit.layers.embedding import torch_uniform
+from jax_densevit.layers.product import flat_product
 
 PADDINGS = ("masked", "original")
 PROJECTIONS = ("linear", "conv")
@@ -148,7 +149,9 @@ class ConvProjection(nn.Module):
         y = DepthwiseConv(self.dtype, name="depthwise")(windows.reshape(-1, self.window, self.window, x.shape[-1]))
         y = merge(y.reshape(windows.shape), padded.shape[1:3], rolled)[:, front:, front:]
         init = torch_uniform(x.shape[-1])
-        pointwise = nn.DenseGeneral(self.head, dtype=self.dtype, kernel_init=init, bias_init=init, name="pointwise")
+        pointwise = nn.DenseGeneral(
+            self.head, dtype=self.dtype, kernel_init=init, bias_init=init, dot_general=flat_product, name="pointwise"
+        )
         return pointwise(nn.relu(y))
 
 
@@ -191,7 +194,9 @@ class WindowAttention(nn.Module):
         head = (heads, x.shape[-1] // heads)
         init = nn.initializers.truncated_normal(0.02)
         if self.projection == "linear":
-            qkv = nn.DenseGeneral((3, *head), dtype=self.dtype, kernel_init=init, name="qkv")(x)
+            qkv = nn.DenseGeneral((3, *head), dtype=self.dtype, kernel_init=init, dot_general=flat_product, name="qkv")(
+                x
+            )
             qkv = [qkv[..., i, :, :] for i in range(3)]
         else:
             cyclic = self.padding == "original"
@@ -215,4 +220,6 @@ class WindowAttention(nn.Module):
         y = attend_by_head(q, k, v, bias=bias, mask=mask)
         y = y.reshape(*windows, window, window, -1).transpose(0, 1, 2, 4, 5, 3, 6)
         y = merge(y, size, self.shift)
-        return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y)
+        return nn.DenseGeneral(
+            x.shape[-1], axis=(-2, -1), dtype=self.dtype, kernel_init=init, dot_general=flat_product, name="out"
+        )(y)

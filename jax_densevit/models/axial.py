@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax_densevit.errors import UserError
 from jax_densevit.layers.axial_attention import COLUMN, ROW, axial_attention
 from jax_densevit.layers.embedding import native_grid, resize_positions, torch_uniform
+from jax_densevit.layers.product import flat_product
 from jax_densevit.layers.reversible import residual, reversible
 from jax_densevit.layers.transformer import hold_blocks, layer_norm
 from jax_densevit.models.output import DenseOutput
@@ -40,10 +41,20 @@ class AxialAttention(nn.Module):
         init = torch_uniform(width)
         y = layer_norm(1e-5, self.dtype, "norm")(x)
         shape = (3, self.num_heads, width // self.num_heads)
-        qkv = nn.DenseGeneral(shape, use_bias=False, dtype=self.dtype, kernel_init=init, name="qkv")(y)
+        qkv = nn.DenseGeneral(
+            shape, use_bias=False, dtype=self.dtype, kernel_init=init, dot_general=flat_product, name="qkv"
+        )(y)
         q, k, v = (qkv[..., i, :, :] for i in range(3))
         y = axial_attention(q, k, v, axis=self.axis, implementation=self.attention)
-        out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=init, bias_init=init, name="out")
+        out = nn.DenseGeneral(
+            width,
+            axis=(-2, -1),
+            dtype=self.dtype,
+            kernel_init=init,
+            bias_init=init,
+            dot_general=flat_product,
+            name="out",
+        )
         return out(y)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_densevit.layers.depthwise import DepthwiseConv
+from jax_densevit.layers.product import flat_product
 from jax_densevit.layers.transformer import REMAT_POLICIES, Mlp, drop_path, gelu, layer_norm
 from jax_densevit.layers.window import WindowAttention
 
@@ -26,9 +27,9 @@ class LeFF(nn.Module):
     def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
         """`[B, h, w, C]` -> the same shape; where `valid` `[B, h, w]` is False the convolution sees zeros."""
         init = nn.initializers.truncated_normal(0.02)
-        y = gelu(nn.Dense(self.mlp_size, dtype=self.dtype, kernel_init=init, name="fc1")(x))
+        y = gelu(nn.Dense(self.mlp_size, dtype=self.dtype, kernel_init=init, dot_general=flat_product, name="fc1")(x))
         y = gelu(DepthwiseConv(self.dtype, name="depthwise")(clear(y, valid)))
-        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="fc2")(y)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, dot_general=flat_product, name="fc2")(y)
 
 
 class LeWinBlock(nn.Module):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.axial_attention import axial_attention
+from jax_densevit.layers.product import flat_product
 
 EPSILON = 1e-3  # of every layer norm: Keras' default
 ACTIVATIONS = {
@@ -161,7 +162,9 @@ class ConditionalMlp(nn.Module):
 
     def setup(self):
         def dense(features: int) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, kernel_init=INITIALIZERS["glorot_uniform"])
+            return nn.Dense(
+                features, dtype=self.dtype, kernel_init=INITIALIZERS["glorot_uniform"], dot_general=flat_product
+            )
 
         self.fc1, self.fc2 = dense(self.mlp_size), dense(self.width)
         if self.conditioning.mlp:
