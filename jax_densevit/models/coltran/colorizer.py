@@ -203,14 +203,20 @@ class Colorizer(nn.Module):
         """Scales and shifts of the inner decoder's norms, float32 `[B, 1, D]` each, or `[B, H, D]` by row."""
         return self.inner_decoder.condition_norms(z, by_row)
 
+    def outer_conditions(self, z: jax.Array) -> list:
+        """Any part of z `[..., D]` -> the conditions of the outer decoder there, leading axes kept."""
+        return self.outer_decoder.condition(z)
+
     def outer_cache(self, batch: int) -> list:
         """Zeros for the first :meth:`outer_row`: keys and values `[B, W, heads, H, d]` of every layer."""
         return self.outer_decoder.empty_cache(batch)
 
-    def outer_row(self, e: jax.Array, z: jax.Array, row: jax.Array, norms: list, cache: list) -> tuple[jax.Array, list]:
+    def outer_row(
+        self, e: jax.Array, z: jax.Array, row: jax.Array, conditions: list, norms: list, cache: list
+    ) -> tuple[jax.Array, list]:
         """Row `row` of e and z `[B, W, D]` -> row `row + 1` of u `[B, W, D]`, and the cache. Rows come in order."""
         x = (e + z if self.skip else e) + self.outer_decoder.positions(row)
-        return self.outer_decoder.advance(x, row, self.outer_decoder.condition(z), norms, cache)
+        return self.outer_decoder.advance(x, row, conditions, norms, cache)
 
     def inner_conditions(self, u: jax.Array, z: jax.Array) -> list:
         """Any part of u and z, `[..., D]` each -> the conditions of the inner decoder there, leading axes kept."""

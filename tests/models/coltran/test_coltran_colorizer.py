@@ -137,7 +137,7 @@ def test_pieces_of_a_sampler_equal_teacher_forcing(options):
                 return kept, hidden
 
             _, hidden = jax.lax.scan(pixel, model.inner_cache(batch), jnp.arange(SIZE[1]))
-            below, cache = model.outer_row(e_row, z_row, index, outer_norms, cache)
+            below, cache = model.outer_row(e_row, z_row, index, model.outer_conditions(z_row), outer_norms, cache)
             return (below, cache), (u, at_once, hidden.swapaxes(0, 1))
 
         start = (jnp.zeros_like(z[:, 0]), model.outer_cache(batch))
