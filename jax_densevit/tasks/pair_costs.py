@@ -26,15 +26,13 @@ def dice_cost(logits: jax.Array, targets: jax.Array, squared: bool = False) -> j
 
 def bce_cost(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """The mean over pixels of the sigmoid cross-entropy. `logits [B, Q, N]`, `targets [B, T, N]`."""
-    x, t = logits.astype(jnp.float32), targets.astype(jnp.float32)
-    # softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t: one product instead of two.
-    return jax.nn.softplus(x).mean(-1)[:, :, None] - _product(x / x.shape[-1], t)
+    x = logits.astype(jnp.float32)
+    return _mean_of_either(jax.nn.softplus(-x), jax.nn.softplus(x), targets)
 
 
 def focal_cost(logits: jax.Array, targets: jax.Array, alpha: float = 0.25, gamma: float = 2.0) -> jax.Array:
     """The mean over pixels of the sigmoid focal loss (Lin et al. 2017). `logits [B, Q, N]`, `targets [B, T, N]`."""
-    on, off = focal_parts(logits, alpha, gamma)
-    return off.mean(-1)[:, :, None] + _product((on - off) / on.shape[-1], targets.astype(jnp.float32))
+    return _mean_of_either(*focal_parts(logits, alpha, gamma), targets)
 
 
 def class_cost(logits: jax.Array, labels: jax.Array, log: bool = False) -> jax.Array:
@@ -60,6 +58,12 @@ def box_l1_cost(boxes: jax.Array, targets: jax.Array) -> jax.Array:
 def box_giou_cost(boxes: jax.Array, targets: jax.Array) -> jax.Array:
     """`-GIoU`. Boxes `[B, Q, 4]`, `[B, T, 4]` as (cx, cy, w, h)."""
     return -generalized_iou(boxes[:, :, None], targets[:, None])
+
+
+def _mean_of_either(on: jax.Array, off: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean over pixels of `on t + off (1 - t)`: two products, as `off + (on - off) t` would cancel."""
+    t, pixels = targets.astype(jnp.float32), on.shape[-1]
+    return _product(on / pixels, t) + _product(off / pixels, 1 - t)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

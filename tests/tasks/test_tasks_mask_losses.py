@@ -81,7 +81,7 @@ def test_costs_in_half_precision_do_not_overflow():
     for name in MASKS:
         exact = [MASKS[name][2](logits[0, 0], targets[0, i].astype(np.float64)) for i in range(2)]
         cost = MASKS[name][0](jnp.asarray(logits), jnp.asarray(targets))[0, 0]
-        np.testing.assert_allclose(cost, exact, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(cost, exact, rtol=1e-3, atol=1e-4 if "dice" in name else 0)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -137,6 +137,7 @@ def test_box_costs_and_losses():
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
+@jax.jit
 def losses(logits, classes, masks, labels, count):
     costs = pair_costs.dice_cost(logits, masks) + pair_costs.class_cost(classes, labels)
     found = match(costs, count)
@@ -240,16 +241,15 @@ def test_points_are_taken_where_masks_are_undecided():
     assert uniform.shape == (2, 3, 200, 2)
 
 
-def test_losses_at_points_approach_those_of_all_pixels():
-    rng = np.random.default_rng(0)
-    masks = np.zeros((1, 2, 20, 20), np.float32)
-    masks[0, 0, 4:12, 5:17], masks[0, 1, 10:, :9] = 1, 1
-    logits = jnp.asarray(masks * 4 - 2 + rng.normal(0, 0.3, masks.shape).astype(np.float32))
-    place = points.random_points(jax.random.key(1), (1, 1), 6000)
-    found = assignment([[0, 1]])
-    sampled = mask_losses.dice_loss(points.sample(logits, place), points.sample(masks, place), found)
-    flat = mask_losses.dice_loss(logits.reshape(1, 2, -1), masks.reshape(1, 2, -1), found)
-    np.testing.assert_allclose(sampled.sum, flat.sum, rtol=0.1)
+def test_losses_at_the_centres_of_pixels_are_those_of_pixels():
+    logits, masks = draw(9, batch=1, queries=3, pixels=20)
+    y, x = np.mgrid[:4, :5]
+    centres = np.stack([(x + 0.5) / 5, (y + 0.5) / 4], -1).reshape(1, 1, 20, 2)
+    found = assignment([[0, 1, 2]])
+    at_points = [points.sample(values.reshape(1, 3, 4, 5), centres) for values in (logits, masks)]
+    for name in MASKS:
+        loss = MASKS[name][1]
+        np.testing.assert_allclose(loss(*at_points, found).sum, loss(logits, masks, found).sum, rtol=1e-5)
 
 
 @pytest.mark.reference
