@@ -81,6 +81,18 @@ def test_methods_draw_the_same(drawn, statistics):
     assert (jacobi.passes >= 1).all() and (jacobi.passes <= SIZE[1]).all()
 
 
+def test_passes_are_counted(drawn):
+    """One to confirm a right guess, two where colors depend on gray alone and the guess was wrong; more otherwise."""
+    model, params = trained()
+    gray, _ = picture(BATCH)
+    run = sampler(model, method="jacobi", statistics="exact")
+    assert drawn["jacobi", "exact"].passes.max() > 2
+    params["head"] = jax.tree.map(np.zeros_like, params["head"])
+    assert (run(params, gray, keys(), 1.0).passes == 2).all()
+    params["parallel"] = jax.tree.map(np.zeros_like, params["parallel"])
+    assert (run(params, gray, keys(), 1.0).passes == 1).all()
+
+
 def test_official_statistics_are_a_row_fed_to_layers_of_pictures(drawn):
     """Every norm sees a picture all of whose rows are the row at hand. That is what the published sampler does by
     handing over one row: the weights of pooling are averaged over rows, the context over the row.
