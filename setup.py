@@ -60,7 +60,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"densevit-{command.replace('_', '-')}=jax_densevit.{command}:run"
-            for command in ("train", "evaluate", "predict", "check_data", "prepare", "benchmark")
+            for command in ("train", "evaluate", "predict", "check_data", "prepare", "benchmark", "study")
         ]
     },
     classifiers=[

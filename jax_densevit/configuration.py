@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -91,7 +91,9 @@ def default_evaluator() -> ConfigDict:
     """The fields of one entry of `config.eval`."""
     return ConfigDict(
         {
-            "data": {"name": ""},  # +, and centre_crop=(height, width) to evaluate the middle of every picture only
+            # +, and centre_crop=(height, width) to evaluate the middle of every picture only, or tiles=(height, width)
+            # to evaluate all of it in windows of that size.
+            "data": {"name": ""},
             "every": 0,  # steps between evaluations; 0 = only at the end
             "batch_size": 0,  # 0 = the training batch size
             "limit": 0,  # evaluate only the first so many examples; 0 = all
@@ -143,8 +145,19 @@ def split_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     return overrides, rest
 
 
-def read_config(path: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+def read_config(
+    path: str,
+    overrides: Mapping[str, str] | None = None,
+    check: Callable[[ConfigDict], None] | None = None,
+    open_sections: re.Pattern = _OPEN,
+) -> ConfigDict:
     """Reads `file.py` or `file.py:arg`, applies overrides (`{"optimizer.learning_rate": "1e-3"}`) and checks every key.
+
+    Args:
+      path: the file, and its argument after a colon.
+      overrides: values as text, by the path of the field.
+      check: what raises :class:`UserError` for a config that makes no sense; None is :func:`check_config`.
+      open_sections: matches the paths of sections to which overrides may add fields.
 
     Raises:
       UserError: no such file, no `get_config`, an argument or key that does not exist (with the nearest name), a value
@@ -158,8 +171,8 @@ def read_config(path: str, overrides: Mapping[str, str] | None = None) -> Config
         raise UserError(f"{file} defines no get_config(arg); see configs/quickstart.py for the form.")
     config = module.get_config(arg) if colon else module.get_config()
     for key, value in (overrides or {}).items():
-        _override(config, key, value)
-    check_config(config)
+        _override(config, key, value, open_sections)
+    (check or check_config)(config)
     return config
 
 
@@ -173,23 +186,28 @@ def _load(file: Path):
     return module
 
 
-def check_config(config: ConfigDict) -> None:
-    """Raises :class:`UserError` for a key that no section knows, or for values that contradict each other."""
-    _check_keys(config, default_config(), "")
+def check_config(config: ConfigDict, where: str = "config") -> None:
+    """Raises :class:`UserError` for a key that no section knows, or for values that contradict each other.
+
+    Args:
+      config: of an experiment.
+      where: what it is called in messages.
+    """
+    check_keys(config, default_config(), where=where)
     for name, evaluator in config.eval.items():
-        _check_keys(evaluator, default_evaluator(), f"eval.{name}")
+        check_keys(evaluator, default_evaluator(), f"eval.{name}", where=where)
     if (config.steps is None) == (config.epochs is None):
-        raise UserError("Set exactly one of config.steps and config.epochs: how long to train.")
+        raise UserError(f"Set exactly one of {where}.steps and {where}.epochs: how long to train.")
     if config.batch_size < 1 or config.batch_size % config.accumulate:
         raise UserError(
-            f"config.batch_size={config.batch_size} must be a positive multiple of "
-            f"config.accumulate={config.accumulate}."
+            f"{where}.batch_size={config.batch_size} must be a positive multiple of "
+            f"{where}.accumulate={config.accumulate}."
         )
     if config.data.on_bad not in ("fail", "skip"):
-        raise UserError(f"config.data.on_bad={config.data.on_bad!r} must be 'fail' or 'skip'.")
+        raise UserError(f"{where}.data.on_bad={config.data.on_bad!r} must be 'fail' or 'skip'.")
     best = config.checkpoint.best.removeprefix("-")
     if best and best.partition("/")[0] not in config.eval:
-        raise UserError(f"config.checkpoint.best={best!r} names no evaluator{did_you_mean(best, config.eval)}")
+        raise UserError(f"{where}.checkpoint.best={best!r} names no evaluator{did_you_mean(best, config.eval)}")
 
 
 def config_from_json(values: Mapping) -> ConfigDict:
@@ -225,18 +243,28 @@ def _merge(config: ConfigDict, values: Mapping) -> None:
             config[key] = ConfigDict(dict(value)) if isinstance(value, Mapping) else value
 
 
-def _check_keys(config: ConfigDict, known: ConfigDict, prefix: str) -> None:
+def check_keys(
+    config: ConfigDict, known: ConfigDict, prefix: str = "", *, open_sections: re.Pattern = _OPEN, where: str = "config"
+) -> None:
+    """Raises :class:`UserError` for a key of `config` that `known` lacks, naming the nearest one.
+
+    Args:
+      config: a config, or the section of one at the path `prefix`.
+      known: the same with every field there is.
+      open_sections: matches the paths of sections that take any key.
+      where: what the whole is called in messages.
+    """
     for key, value in config.items():
         path = f"{prefix}.{key}" if prefix else key
-        if _OPEN.match(path) or (prefix == "eval" and isinstance(value, ConfigDict)):
+        if open_sections.match(path) or (prefix == "eval" and isinstance(value, ConfigDict)):
             continue
         if key not in known:
-            raise UserError(f"There is no config field config.{path}{did_you_mean(key, known)}")
+            raise UserError(f"There is no config field {where}.{path}{did_you_mean(key, known)}")
         if isinstance(value, ConfigDict):
-            _check_keys(value, known[key], path)
+            check_keys(value, known[key], path, open_sections=open_sections, where=where)
 
 
-def _override(config: ConfigDict, path: str, text: str) -> None:
+def _override(config: ConfigDict, path: str, text: str, open_sections: re.Pattern) -> None:
     *sections, last = path.split(".")
     node = config
     for depth, section in enumerate(sections):
@@ -245,7 +273,7 @@ def _override(config: ConfigDict, path: str, text: str) -> None:
             known = node.keys() if isinstance(node, ConfigDict) else ()
             raise UserError(f"--config.{path}: {at} has no section {section!r}{did_you_mean(section, known)}")
         node = node[section]
-    if not isinstance(node, ConfigDict) or (last not in node and not _OPEN.match(path)):
+    if not isinstance(node, ConfigDict) or (last not in node and not open_sections.match(path)):
         known = node.keys() if isinstance(node, ConfigDict) else ()
         raise UserError(f"--config.{path}: there is no such field{did_you_mean(last, known)}")
     kind = node.get_type(last) if last in node else None

@@ -19,11 +19,13 @@ FLOORS = {
     "models": 2,
     "pretrained": 2,
     "tasks": 3,
+    "timing": 3,
     "training": 4,
     "configuration": 5,
     "experiment": 5,
+    "studies": 6,
 }
-TOP = 6
+TOP = 7
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -2,7 +2,7 @@
 
 Command:   python -m jax_densevit.train --config=configs/vitseg/digits.py:grid --workdir=runs/vitseg_grid
            python -m jax_densevit.train --config=configs/vitseg/digits.py:rows --workdir=runs/vitseg_rows
-           python docs/studies/curves.py runs/vitseg_grid runs/vitseg_rows --output=curves.png
+           python -m jax_densevit.studies.curves runs/vitseg_grid runs/vitseg_rows --output=curves.png
 Words:     grid (default), rows, spiral, quick (steps of a second, learns nothing)
 Hardware:  a laptop: two CPU cores, 2 GB of memory; some minutes each
 Expected:  val mIoU after 200 steps: grid 0.101, rows 0.074 (all background); see docs/studies/vitseg_rows_and_grid.md

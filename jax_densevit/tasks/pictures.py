@@ -66,6 +66,34 @@ def sheet(examples: Sequence[dict[str, Any]], info: DataInfo) -> Image.Image:
     return page(columns, rows, legend)
 
 
+def comparison(
+    examples: Sequence[dict[str, Any]], predictions: dict[str, Sequence[np.ndarray]], info: DataInfo
+) -> Image.Image:
+    """A sheet of several models, one row per example: image, the answer of every model, labels; a legend below.
+
+    Args:
+      examples: each with "image" uint8 `[H, W, 3]`, "labels" `[H, W]`, and "name" if known.
+      predictions: label maps `[H, W]` by the name of the model, one per example.
+      info: class names, palette and ignore value.
+    """
+    columns, rows = ["image", *predictions, "labels"], []
+    for i, example in enumerate(examples):
+        maps = [answers[i] for answers in predictions.values()]
+        cells = [fit(example["image"]), *(fit(paint(map_, info), nearest=True) for map_ in (*maps, example["labels"]))]
+        labels, parts = np.asarray(example["labels"], np.int64), [str(example["name"])] if "name" in example else []
+        scored = labels != info.ignore
+        if scored.any():
+            shares = zip(predictions, maps, strict=True)
+            parts += [f"{name} {_percent((np.asarray(map_) == labels)[scored].mean())} right" for name, map_ in shares]
+        rows.append((cells, "   ·   ".join(parts)))
+    shown = _present(
+        [{**example, "predicted_labels": p[i]} for i, example in enumerate(examples) for p in predictions.values()],
+        info,
+    )
+    entries = [(info.classes[i], colors(info)[i]) for i in shown] + [("not labelled", IGNORED)]
+    return page(columns, rows, _legend(entries, _page_width(columns), _font(14)))
+
+
 def page(columns: Sequence[str], rows: Sequence[tuple[Sequence[Image.Image], str]], footer: Any = None) -> Image.Image:
     """Pictures in titled columns on white paper.
 

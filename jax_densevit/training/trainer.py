@@ -36,6 +36,10 @@ DONE = 0
 PROFILED_STEPS = 5
 
 
+class Diverged(UserError):
+    """A loss, gradient or parameter is no longer finite: another learning rate might do."""
+
+
 def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: bool = False) -> int:
     """Trains until `experiment.steps`, from the newest intact checkpoint in `workdir` if there is one.
 
@@ -87,7 +91,7 @@ def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: 
         first = next(feed)
         parts = prepare(experiment, first[1])
         if found is not None:
-            for line in _differences(checkpoints.read_meta(start).get("config", {}), meta["config"]):
+            for line in differences(checkpoints.read_meta(start).get("config", {}), meta["config"]):
                 log.say(f"The config differs from the checkpoint's: {line}")
             state = checkpoints.restore(start, parts.target)
             log.say(f"Resuming from step {start} of {experiment.steps} in {workdir}")
@@ -198,7 +202,7 @@ class _Run:
         if self.saved_at == step:
             return
         if not jax.device_get(self._all_finite(state)):
-            raise UserError(
+            raise Diverged(
                 f"The parameters are not finite after step {step}, though its loss is; step {step} is not saved. Lower "
                 f"optimizer.learning_rate or set optimizer.clip_norm. {self._last_good()}"
             )
@@ -273,7 +277,7 @@ class _Run:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
 
-    def _not_finite(self, step: int, indices: Any, numbers: dict[str, float]) -> UserError:
+    def _not_finite(self, step: int, indices: Any, numbers: dict[str, float]) -> Diverged:
         names = []
         for index in [] if indices is None else np.asarray(indices).tolist():
             try:
@@ -281,7 +285,7 @@ class _Run:
             except Exception:  # naming the example must not hide what happened
                 names.append(f"example {index}")
         values = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("loss", "grad_norm", "lr"))
-        return UserError(
+        return Diverged(
             f"Step {step} is not finite ({values}); its examples: {', '.join(names)}. Look at them, lower "
             f"optimizer.learning_rate or set optimizer.clip_norm. {self._last_good()}"
         )
@@ -344,11 +348,11 @@ def _check_same_order(data: dict[str, Any], config: Any, workdir: Path) -> None:
             )
 
 
-def _differences(before: Any, now: Any, path: str = "config") -> list[str]:
+def differences(before: Any, now: Any, path: str = "config") -> list[str]:
     """Lines "config.a.b: old -> new" for two JSON-like trees."""
     if isinstance(before, dict) and isinstance(now, dict):
         lines = []
         for key in sorted(before.keys() | now.keys()):
-            lines += _differences(before.get(key), now.get(key), f"{path}.{key}")
+            lines += differences(before.get(key), now.get(key), f"{path}.{key}")
         return lines
     return [] if before == now else [f"{path}: {before} -> {now}"]

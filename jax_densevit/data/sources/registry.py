@@ -7,6 +7,7 @@ from typing import Any
 from jax_densevit.data.centre_crop import CentreCrop
 from jax_densevit.data.raw import is_inspecting
 from jax_densevit.data.source import Source
+from jax_densevit.data.tiles import Tiles
 from jax_densevit.errors import UserError, did_you_mean
 
 _REGISTRY: dict[str, Callable[..., Source]] = {}
@@ -34,13 +35,21 @@ def registered_sources() -> dict[str, Callable[..., Source]]:
     return {name: _REGISTRY[name] for name in sorted(_REGISTRY)}
 
 
-def create_source(name: str, *, centre_crop: Sequence[int] = (0, 0), **options: Any) -> Source:
+def create_source(
+    name: str,
+    *,
+    centre_crop: Sequence[int] = (0, 0),
+    tiles: Sequence[int] = (0, 0),
+    **options: Any,
+) -> Source:
     """Builds a source from its registered name: `create_source("ade20k", root="...", split="train")`.
 
     Args:
       name: the registered name.
       centre_crop: (height, width) of the middle of every example that is taken, whatever the source, see
         :class:`~jax_densevit.data.centre_crop.CentreCrop`; (0, 0) takes all. `check_data` looks at whole files.
+      tiles: (height, width) of windows side by side that become examples, see :class:`~jax_densevit.data.tiles.Tiles`;
+        of the centre crop where both are given.
       options: the source's own.
 
     Raises:
@@ -54,10 +63,14 @@ def create_source(name: str, *, centre_crop: Sequence[int] = (0, 0), **options: 
     parameters = inspect.signature(build).parameters
     for option in options:
         if option not in parameters:
-            known = [*parameters, "centre_crop"]
+            known = [*parameters, "centre_crop", "tiles"]
             raise UserError(f"Data source {name!r} has no option {option!r}{did_you_mean(option, known)}")
     for parameter in parameters.values():
         if parameter.default is parameter.empty and parameter.name not in options:
             raise UserError(f"Data source {name!r} needs the option {parameter.name!r}: give it in the config.")
     source = build(**options)
-    return source if tuple(centre_crop) == (0, 0) or is_inspecting() else CentreCrop(source, centre_crop)
+    if is_inspecting():
+        return source
+    for wrap, size in ((CentreCrop, centre_crop), (Tiles, tiles)):
+        source = source if tuple(size) == (0, 0) else wrap(source, size)
+    return source

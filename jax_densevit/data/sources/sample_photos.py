@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from jax_densevit.data.images import image_size, read_image
 from jax_densevit.data.source import DataInfo, Example
@@ -39,14 +40,24 @@ class SamplePhotos:
 
     Args:
       split: "train" (six photos), "val" (the cat) or "test" (the palace).
+      side: above 0, photos are shrunk until their longer side has so many pixels; none is enlarged.
       mean, std: normalisation of images in [0, 1].
 
     Raises:
       UserError: no such split, or a package without its photos.
     """
 
-    def __init__(self, split: str = "train", mean: tuple[float, ...] = (0.5,) * 3, std: tuple[float, ...] = (0.5,) * 3):
+    def __init__(
+        self,
+        split: str = "train",
+        side: int = 0,
+        mean: tuple[float, ...] = (0.5,) * 3,
+        std: tuple[float, ...] = (0.5,) * 3,
+    ):
         check_name("split of sample_photos", split, SPLITS)
+        if side < 0:
+            raise UserError(f"sample_photos: side={side} must be a number of pixels, or 0 for the photos' own size.")
+        self.side = side
         self.info = DataInfo("sample_photos", mean=tuple(mean), std=tuple(std))
         self.names = SPLITS[split]
 
@@ -55,12 +66,12 @@ class SamplePhotos:
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of photo `index`."""
-        return image_size(_path(self.names[index]))
+        return _shrunk(image_size(_path(self.names[index])), self.side)
 
     def read(self, index: int) -> Example:
         """A copy of photo `index`."""
         name = self.names[index]
-        return {"image": _read(name).copy(), "id": name}
+        return {"image": _read(name, self.side).copy(), "id": name}
 
 
 @functools.cache
@@ -75,6 +86,16 @@ def _path(name: str) -> Path:
 
 
 @functools.cache
-def _read(name: str) -> np.ndarray:
+def _read(name: str, side: int) -> np.ndarray:
     """Decoded once: the six photos for training are 5 MB."""
-    return read_image(_path(name))
+    image = read_image(_path(name))
+    height, width = _shrunk(image.shape[:2], side)
+    if (height, width) == image.shape[:2]:
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def _shrunk(size: tuple[int, int], side: int) -> tuple[int, int]:
+    if not side or max(size) <= side:
+        return size
+    return tuple(max(1, round(length * side / max(size))) for length in size)

@@ -1,6 +1,6 @@
 """Learning curves of several runs in one picture, and their scores as a Markdown table.
 
-    python docs/studies/curves.py runs/vitseg_grid runs/vitseg_rows --output=docs/studies/vitseg_rows_and_grid.png
+    python -m jax_densevit.studies.curves runs/vitseg_grid runs/vitseg_rows --output=curves.png
 
 Reads what training wrote into each workdir (`metrics.jsonl`). On the left the training loss, on the right the score of
 the evaluators that all runs have, over the steps. The table, on the screen, has a row per evaluation of all runs.
@@ -9,12 +9,19 @@ the evaluators that all runs have, over the steps. The table, on the screen, has
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jax_densevit.errors import UserError
 from jax_densevit.writing import whole_file
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last one that was cut short while it was written is left out."""
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def read_run(workdir: Path, evaluator: str, score: str) -> tuple[dict[int, float], dict[int, float]]:
@@ -26,7 +33,7 @@ def read_run(workdir: Path, evaluator: str, score: str) -> tuple[dict[int, float
     file = workdir / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{workdir} is no workdir of a training: there is no metrics.jsonl in it.")
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(file)
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     scores = {line["step"]: line[score] for line in lines if line.get("evaluator") == evaluator and score in line}
     if not scores:

@@ -1,15 +1,12 @@
 """The script that draws learning curves of several runs."""
 
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from jax_densevit.configuration import sibling
 from jax_densevit.errors import UserError
-
-curves = sibling(str(Path(__file__).parents[1] / "docs" / "studies" / "x"), "curves.py")
+from jax_densevit.studies import curves
 
 
 def run(folder, best):
