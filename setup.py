@@ -51,6 +51,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6",
             "jaxtyping>=0.3",
+            "pycocotools>=2.0.8",
             "beartype>=0.20",
             "h5py>=3.11",
             "ruff>=0.8",

@@ -1,0 +1,49 @@
+"""Areas and intersections of predicted and true masks: all that average precision needs to know of pixels."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def mask_overlaps(
+    predicted: jax.Array, truth: jax.Array, void: jax.Array | None = None, mask: jax.Array | None = None
+) -> dict[str, Any]:
+    """Counts of pixels, int32; runs inside `jit`. One matrix product per image, exact below 2**24 pixels.
+
+    Args:
+      predicted: bool `[B, N, H, W]`; masks may overlap.
+      truth: bool `[B, T, H, W]`; masks may overlap.
+      void: bool `[B, H, W]`: pixels whose truth is unknown. None: none are.
+      mask: bool `[B]`; examples where it is False count nothing. None counts all.
+
+    Returns:
+      `both` `[B, N, T]`, `predicted_area` `[B, N]`, `truth_area` `[B, T]`, `void_area` `[B, N]`: of the
+      prediction, on void.
+
+    Raises:
+      ValueError: masks too large to be counted exactly.
+    """
+    pixels = truth.shape[2] * truth.shape[3]
+    if pixels >= 2**24:
+        raise ValueError(f"float32 does not count the {pixels} pixels of a mask")
+    batch, slots = predicted.shape[:2]
+    if void is None:
+        void = jnp.zeros((batch, 1, pixels), bool)
+    everywhere = jnp.ones((batch, 1, pixels), bool)
+    right = jnp.concatenate([truth.reshape(*truth.shape[:2], pixels), void.reshape(batch, 1, pixels), everywhere], 1)
+    left = predicted.reshape(batch, slots, pixels)
+    if mask is not None:
+        left, right = left & mask[:, None, None], right & mask[:, None, None]
+    # Zeros and ones are exact in any type; sums are float32.
+    kind = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    product = jnp.einsum(
+        "bnp,btp->bnt", left.astype(kind), right.astype(kind), preferred_element_type=jnp.float32, precision="highest"
+    )
+    counts = product.astype(jnp.int32)
+    return {
+        "both": counts[:, :, :-2],
+        "predicted_area": counts[:, :, -1],
+        "truth_area": right[:, :-2].sum(2, dtype=jnp.int32),
+        "void_area": counts[:, :, -2],
+    }
