@@ -5,6 +5,7 @@ needs nothing but the checkpoint, neither the data set nor the config file.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import platform
@@ -83,9 +84,16 @@ class Experiment:
         return stream_of(self.config, self.source, start_step)
 
     def macs(self) -> int:
-        """Multiply-accumulates of one forward pass of one training image, counted analytically."""
+        """Multiply-accumulates of one forward pass of one training image, counted analytically.
+
+        A task whose model does not see the whole training image, or does less in training, says so by a method
+        `training_macs`, which gets the model's count as a function of (height, width).
+        """
+        count = functools.partial(find_model(self.config.model.name).macs, self.model)
+        if hasattr(self.task, "training_macs"):
+            return self.task.training_macs(count)
         size = tuple(self.config.data.crop)
-        return find_model(self.config.model.name).macs(self.model, size if all(size) else self.source.size(0))
+        return count(size if all(size) else self.source.size(0))
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about itself: config, data, versions. JSON-ready."""
@@ -107,6 +115,7 @@ def stream_of(config: ConfigDict, source: Source, start_step: int = 0) -> TrainS
         crop=tuple(data.crop),
         resize_box=tuple(data.resize_box),
         resize_ratio=tuple(data.resize_ratio),
+        largest_crop=data.largest_crop,
         max_class_ratio=data.max_class_ratio,
         on_bad=data.on_bad,
         threads=data.threads,

@@ -14,7 +14,7 @@ from jax_densevit.data.source import DataInfo
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import build
 from jax_densevit.models import create_model
-from jax_densevit.models.registry import find_model
+from jax_densevit.models.registry import example_inputs, find_model
 from jax_densevit.tasks import create_task
 from jax_densevit.training.mesh import put_batch
 from jax_densevit.training.optimizer import make_optimizer
@@ -31,6 +31,9 @@ CONFIGS = {
     "own_folder": (2, ("", "unet", "setr"), ("quick", "setr,quick")),
     "colorization/sample_photos": (3, ("", "lab"), ("quick",)),
     "colorization/photo_folder": (3, ("", "lab", "study"), ("lab,quick", "study,quick")),
+    "coltran/colorizer": (1, ("", "base", "small", "photos"), ("base,quick",)),
+    "coltran/color_upsampler": (1, ("", "small,photos"), ("quick",)),
+    "coltran/spatial_upsampler": (1, ("", "small,samples"), ("quick",)),
     "seq2seg/cityscapes": (34, ("", "skip", "no_skip", "unet"), ("no_skip,quick", "unet,quick")),
     "setr/ade20k": (150, ("", *SETR, "160k"), ("quick", "naive_deit,mmseg,multiscale,quick")),
     "setr/cityscapes": (19, ("", *ROWS, "40k", "80k", "100k"), ("mla_base,quick",)),
@@ -73,9 +76,9 @@ def abstract(model):
     """Shapes of the parameters, and of the output for one training crop of the model's size."""
     side = model.image_size if hasattr(model, "image_size") else 256
     height, width = side if isinstance(side, tuple) else (side, side)
-    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
-    output = jax.eval_shape(lambda v, x: model.apply(v, x), variables, images)
+    inputs = example_inputs(model, (height, width))
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), *x), inputs)
+    output = jax.eval_shape(lambda v, x: model.apply(v, *x), variables, inputs)
     return variables["params"], output
 
 
@@ -89,12 +92,21 @@ def test_full_size(name, arg):
     for evaluator in config.eval.values():
         decode = {**config.task.to_dict(), **evaluator.decode.to_dict()}
         create_task(decode.pop("name"), info, **decode)
-    model = create_model(**config.model.to_dict(), num_classes=task.num_outputs)
+    sized = {"num_classes": task.num_outputs} if "num_classes" in find_model(config.model.name).options else {}
+    model = create_model(**config.model.to_dict(), **sized)
     params, output = abstract(model)
     assert output.logits.shape[-1] == task.num_outputs and output.logits.dtype == jnp.float32
     make_optimizer(config.optimizer, params, config.steps)  # multipliers match, the warm-up fits
     height, width = tuple(config.data.crop) if all(config.data.crop) else config.data.train.size
     assert find_model(config.model.name).macs(model, (height, width)) > 0
+
+
+@pytest.mark.parametrize("name", ["color_upsampler", "spatial_upsampler", "colorizer"])
+def test_the_work_of_training_is_counted_for_what_is_trained(name):
+    """ColTran's upsamplers train one channel of three, and its first stages see less than the crop."""
+    experiment = build(read(f"coltran/{name}", "quick"), jax.devices()[:1])
+    whole = find_model(experiment.config.model.name).macs(experiment.model, experiment.task.image_size)
+    assert experiment.macs() == (whole if name == "colorizer" else whole // 3)
 
 
 @pytest.mark.parametrize(("name", "arg"), QUICK)

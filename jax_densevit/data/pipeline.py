@@ -19,6 +19,7 @@ import numpy as np
 from jax_densevit.data import order
 from jax_densevit.data.crops import RandomCrop, aligned_empty
 from jax_densevit.data.feeders import tensorflow_feed, threads_feed
+from jax_densevit.data.largest_crop import LargestRandomCrop
 from jax_densevit.data.source import Example, Source
 from jax_densevit.errors import UserError
 
@@ -35,6 +36,7 @@ def train_stream(
     crop: tuple[int, int] = (0, 0),
     resize_box: tuple[int, int] = (0, 0),
     resize_ratio: tuple[float, float] = (1.0, 1.0),
+    largest_crop: bool = False,
     max_class_ratio: float = 1.0,
     on_bad: str = "fail",
     threads: int = 0,
@@ -51,6 +53,8 @@ def train_stream(
       seed: the seed of the order and of every augmentation.
       crop: (height, width) of the training images; (0, 0) when all images have one size and are taken whole.
       resize_box, resize_ratio, max_class_ratio: as in :class:`~jax_densevit.data.crops.RandomCrop`.
+      largest_crop: take as much of a picture as the crop's proportions allow and average it to `crop`, see
+        :class:`~jax_densevit.data.largest_crop.LargestRandomCrop`.
       on_bad: what an unreadable example does: "fail" raises its error, "skip" takes the next readable one of the same
         epoch in its place (with the augmentation of the place), counts and logs it, and gives up when more than 5 % of
         the set are unreadable.
@@ -86,8 +90,12 @@ def train_stream(
             f"data.resize_box {resize_box} with ratio {tuple(resize_ratio)} and crop {crop} is no recipe: "
             "give two positive sides, 0 < low <= high, and a crop."
         )
+    if largest_crop and (crop == (0, 0) or resize_box != (0, 0) or max_class_ratio < 1):
+        raise UserError("data.largest_crop needs data.crop, and neither data.resize_box nor data.max_class_ratio.")
     reader = Reader(source, batch_size, seed, on_bad, order.host_rows(batch_size, process_index, process_count))
-    if crop != (0, 0):
+    if largest_crop:
+        reader.crop = LargestRandomCrop(crop)
+    elif crop != (0, 0):
         fill = tuple(int(255 * m + 0.5) for m in source.info.mean)
         reader.crop = RandomCrop(crop, resize_box, tuple(resize_ratio), max_class_ratio, fill, source.info.ignore)
     if max_class_ratio < 1 and (reader.crop is None or "labels" not in reader.names):
@@ -181,7 +189,7 @@ class Reader:
         self.source, self.seed = source, int(seed)
         self.batch_size, self.rows = batch_size, rows
         self.skip = on_bad == "skip"
-        self.crop: RandomCrop | None = None
+        self.crop: RandomCrop | LargestRandomCrop | None = None
         self.failures: dict[int, Exception] = {}
         first = self._first_example()
         self.names = [name for name in ("image", "labels", "instances") if name in first]

@@ -35,6 +35,10 @@ class Task(Protocol):
     Attributes:
       num_outputs: output channels that a dense model needs for this task (its `num_classes`).
       percent: whether the numbers of :meth:`summary` are shares in [0, 1], shown to people in per cent.
+
+    A task whose model does not see the whole training crop, or does less work in training than the model's count says,
+    has one method more: `training_macs(count) -> int`, the multiply-accumulates of one training example, where
+    `count((height, width))` is the model's own count. MFU follows from it.
     """
 
     num_outputs: int

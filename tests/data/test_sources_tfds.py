@@ -133,6 +133,28 @@ def test_pets_trimap(pets):
     assert set(np.unique(source.read(0)["labels"])) == {0, 1, 255}
 
 
+def test_photos_without_labels_and_splits_that_do_not_overlap(pets):
+    def read(split):
+        source = create_source("tfds_photos", dataset="oxford_iiit_pet", split=split, data_dir=str(pets))
+        assert source.info.classes == ()
+        examples = [source.read(i) for i in range(len(source))]
+        assert [example["image"].shape[:2] for example in examples] == [source.size(i) for i in range(len(source))]
+        assert all(example.keys() == {"image", "id"} for example in examples)
+        return {example["id"]: example["image"] for example in examples}
+
+    pictures = read("train")
+    train, val = read("train[:-1]"), read("train[-1:]")
+    assert len(pictures) == 4 and [*train, *val] == [*pictures] and len(val) == 1
+    labelled = create_source("tfds", dataset="oxford_iiit_pet", split="train", data_dir=str(pets))
+    for i in range(4):
+        example = labelled.read(i)
+        np.testing.assert_array_equal(example["image"], pictures[example["id"]])
+    for options, words in (({"split": "val"}, "no split 'val'"), ({"image": "imag"}, "did you mean 'image'")):
+        with pytest.raises(UserError, match=words):
+            options = {"dataset": "oxford_iiit_pet", "split": "train", "data_dir": str(pets), **options}
+            create_source("tfds_photos", **options)
+
+
 def test_damaged_records_are_named(pets):
     path = next(pets.glob("**/*.tfrecord*"))
     whole = path.read_bytes()

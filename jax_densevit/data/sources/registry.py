@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax_densevit.data.centre_crop import CentreCrop
+from jax_densevit.data.largest_crop import LargestCentreCrop
 from jax_densevit.data.raw import is_inspecting
 from jax_densevit.data.source import Source
 from jax_densevit.data.tiles import Tiles
@@ -39,6 +40,7 @@ def create_source(
     name: str,
     *,
     centre_crop: Sequence[int] = (0, 0),
+    largest_crop: Sequence[int] = (0, 0),
     tiles: Sequence[int] = (0, 0),
     **options: Any,
 ) -> Source:
@@ -48,6 +50,8 @@ def create_source(
       name: the registered name.
       centre_crop: (height, width) of the middle of every example that is taken, whatever the source, see
         :class:`~jax_densevit.data.centre_crop.CentreCrop`; (0, 0) takes all. `check_data` looks at whole files.
+      largest_crop: (height, width) to which the largest window of these proportions in the middle of every example is
+        averaged, see :class:`~jax_densevit.data.largest_crop.LargestCentreCrop`.
       tiles: (height, width) of windows side by side that become examples, see :class:`~jax_densevit.data.tiles.Tiles`;
         of the centre crop where both are given.
       options: the source's own.
@@ -63,7 +67,7 @@ def create_source(
     parameters = inspect.signature(build).parameters
     for option in options:
         if option not in parameters:
-            known = [*parameters, "centre_crop", "tiles"]
+            known = [*parameters, "centre_crop", "largest_crop", "tiles"]
             raise UserError(f"Data source {name!r} has no option {option!r}{did_you_mean(option, known)}")
     for parameter in parameters.values():
         if parameter.default is parameter.empty and parameter.name not in options:
@@ -71,6 +75,6 @@ def create_source(
     source = build(**options)
     if is_inspecting():
         return source
-    for wrap, size in ((CentreCrop, centre_crop), (Tiles, tiles)):
+    for wrap, size in ((CentreCrop, centre_crop), (LargestCentreCrop, largest_crop), (Tiles, tiles)):
         source = source if tuple(size) == (0, 0) else wrap(source, size)
     return source

@@ -109,7 +109,7 @@ class TfdsSource(RawSource):
         self._labels = labels or preset.labels
         self._id = preset.id if preset else ""
         self.dataset, self.split = dataset, split
-        builder = _prepared(dataset, data_dir, manual_dir)
+        builder = prepared_builder(dataset, data_dir, manual_dir)
         features = builder.info.features
         for feature in (self._image, self._labels):
             if feature not in features:
@@ -120,9 +120,9 @@ class TfdsSource(RawSource):
             raise UserError(
                 f"tfds: {dataset!r} has no split {split!r}{did_you_mean(split, builder.info.splits)}"
             ) from error
-        self._records = _records(builder, part.file_instructions, split)
+        self._records = open_records(builder, part.file_instructions, split)
         self._features = features
-        self._skip = _skip_decoding(self._image, self._labels)
+        self._skip = skip_decoding(self._image, self._labels)
         palette = label_map.palette or (preset.palette if preset and not own else ())
         info = DataInfo(
             dataset.partition(":")[0], label_map.classes, palette or default_palette(len(label_map.classes))
@@ -229,7 +229,7 @@ class _ArrayRecords:
             return self._source[index]
 
 
-def _records(builder, instructions, split: str) -> _TFRecords | _ArrayRecords:
+def open_records(builder, instructions, split: str) -> _TFRecords | _ArrayRecords:
     kind = builder.info.file_format.value
     if kind not in ("tfrecord", "array_record"):
         raise UserError(f"tfds: {builder.data_path} holds {kind} files; prepare it as array_record or tfrecord.")
@@ -239,13 +239,13 @@ def _records(builder, instructions, split: str) -> _TFRecords | _ArrayRecords:
     return records
 
 
-def _skip_decoding(*features: str) -> dict:
+def skip_decoding(*features: str) -> dict:
     import tensorflow_datasets as tfds
 
     return {feature: tfds.decode.SkipDecoding() for feature in features}
 
 
-def _prepared(dataset: str, data_dir: str, manual_dir: str):
+def prepared_builder(dataset: str, data_dir: str, manual_dir: str):
     """The builder of a set whose files are on disk, after preparing them if need be."""
     import tensorflow_datasets as tfds
 

@@ -1,0 +1,72 @@
+"""The recipe that ColTran's three stages share: constant RMSprop, a moving average, squares of 256 pixels.
+
+Numbers are those of the published configs (google-research/coltran), whose batch sizes are per core, of 32 cores. The
+stages are trained independently of each other, from ground truth, in any order or at once.
+"""
+
+from ml_collections import ConfigDict
+
+from jax_densevit.configuration import choose, default_config, default_evaluator, words
+
+DATA = ("imagenet", "photos", "samples")
+# The order of examples in a slice is fixed: what is held out for validation is never trained on.
+SPLITS = {"train": "train[:-10000]", "val": "train[-10000:]", "test": "validation"}
+PHOTO = (256, 256)
+QUICK = {"hidden_size": 16, "mlp_size": 16, "num_heads": 2}
+
+
+def coltran(
+    arg: str, *, stage: str, sizes: dict, quick: dict, steps: int, batch_size: int, variants: dict | None = None
+) -> ConfigDict:
+    """The config of one stage.
+
+    Args:
+      arg: words: one of `variants` or `small` (half the width); where photos come from, `imagenet` (the default),
+        `photos` (a folder) or `samples` (those that come with pip, the default of `quick`); `quick`.
+      stage: name of model and task.
+      sizes: the task's fields; quick: the same for `quick`.
+      steps, batch_size: of the published training.
+      variants: word -> variant of the model.
+    """
+    variants = {**(variants or {}), "small": "small"}
+    given = words(arg, *variants, *DATA, "quick")
+    data = choose(given, *DATA, default="samples" if "quick" in given else "imagenet")
+    sizes = {"photo_size": PHOTO, **(quick if "quick" in given else sizes)}
+    variant = choose(given, *variants, default="")
+    config = default_config()
+    config.model = ConfigDict({"name": stage, "variant": variants.get(variant, "ColTran")})
+    # The published trainings were in float32. Layers are computed again in the backward pass, which needs less memory.
+    config.model.update(image_size=sizes["image_size"], dtype="bfloat16", remat="full")
+    config.task = ConfigDict({"name": stage, **sizes})
+    config.data.crop = sizes["photo_size"]
+    config.data.largest_crop = True
+    for split in ("train", "val", "test"):
+        source = {
+            "imagenet": {"name": "tfds_photos", "dataset": "imagenet2012", "data_dir": "", "split": SPLITS[split]},
+            "photos": {"name": "photo_folder", "root": "data/photos", "split": split},
+            "samples": {"name": "sample_photos", "split": split},
+        }[data]
+        if split == "train":
+            config.data.train = ConfigDict(source)
+            continue
+        followed = {name: config.data.train.get_ref(name) for name in ("dataset", "data_dir", "root") if name in source}
+        evaluator = default_evaluator()
+        evaluator.data = ConfigDict({**source, **followed, "largest_crop": sizes["photo_size"]})
+        evaluator.batch_size = 16
+        config.eval[split] = evaluator
+    config.steps = steps
+    config.batch_size = batch_size
+    config.optimizer.update(name="rmsprop_legacy", learning_rate=3e-4, schedule="constant", momentum=0.9)
+    config.ema = 0.999
+    config.eval.val.every = 10_000
+    config.checkpoint.every = 2_000
+    config.checkpoint.best = "-val/bits"
+    if "quick" in given:
+        stacks = ("encoder_layers", "outer_layers", "inner_layers") if "colorizer" in stage else ("num_layers",)
+        config.model.update(**QUICK, **dict.fromkeys(stacks, 1), dtype="float32", remat="none")
+        config.steps = 2
+        config.batch_size = 8
+        config.eval.val.every = 0
+        config.checkpoint.every = 2
+        config.log.every = 1
+    return config
