@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_coltran import SIZE, colorizer, parameters, picture
 
 from jax_densevit.errors import UserError
@@ -127,6 +128,19 @@ def test_a_picture_does_not_depend_on_its_batch(drawn, method):
         alone = sampler(model, method=method)(params, gray[i : i + 1], keys(EXAMPLES[i : i + 1]), 1.0)
         np.testing.assert_array_equal(alone.symbols[0], drawn[method, "exact"].symbols[i])
         np.testing.assert_array_equal(alone.passes[0], drawn[method, "exact"].passes[i])
+
+
+@pytest.mark.parametrize("method", ["cached", "jacobi"])
+def test_a_picture_does_not_depend_on_devices(drawn, method):
+    """Pictures spread over four devices, of which each runs its rows until the last of all pictures is done."""
+    model, params = trained()
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    spread, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    gray, ids = jax.device_put((picture(BATCH)[0], keys()), spread)
+    found = sampler(model, method=method, statistics="exact")(jax.device_put(params, whole), gray, ids, 1.0)
+    assert len(found.symbols.sharding.device_set) == 4
+    np.testing.assert_array_equal(found.symbols, drawn[method, "exact"].symbols)
+    np.testing.assert_array_equal(found.passes, drawn[method, "exact"].passes)
 
 
 def test_samples_of_one_picture(drawn):
