@@ -35,7 +35,7 @@ def default_config() -> ConfigDict:
                 # into `resize_box` (long, short) times a ratio drawn from `resize_ratio`; (0, 0) leaves sizes alone.
                 "resize_box": (0, 0),
                 "resize_ratio": (1.0, 1.0),
-                # In place of that: the largest window of the crop's proportions, at a random place, averaged to the crop.
+                # In place of that: the largest window of the crop's proportions, at a random place, averaged to it.
                 "largest_crop": False,
                 # Redraw a crop (10 tries) while one class covers more than this share of its labelled pixels; 1 = off.
                 "max_class_ratio": 1.0,
