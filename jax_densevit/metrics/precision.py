@@ -24,7 +24,7 @@ import numpy as np
 from jax_densevit.metrics.metric import State
 from jax_densevit.metrics.overlaps import mask_overlaps
 
-THRESHOLDS = np.linspace(0.5, 0.95, 10)
+THRESHOLDS = np.arange(10, 20) / 20  # of IoU
 AREAS = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # pixels, inclusive
 RECALLS = np.linspace(0, 1, 101)
 DETECTIONS = (1, 10, 100)  # per image and class
@@ -125,6 +125,7 @@ class CocoPrecision(_Precision):
         both, area = a["both"][order], a["predicted_area"][order]
         crowd, truth_area = a["truth_crowd"], a["truth_area"]
         iou = both / np.where(crowd, area[:, None], area[:, None] + truth_area - both)
+        limits = np.linspace(0.5, 0.95, 10)[:, None]  # as pycocotools makes them: 0.9 is one bit lower
         low, high = np.array(list(AREAS.values())).T[..., None]
         ignored = crowd | (truth_area < low) | (truth_area > high)  # [areas, T]
         sums["objects"][label] += (~ignored).sum(1)
@@ -132,7 +133,7 @@ class CocoPrecision(_Precision):
         excused = np.zeros_like(hit)
         free = np.ones((len(AREAS), len(THRESHOLDS), len(crowd)), bool)
         for i in range(len(order)):
-            fits = (iou[i] >= THRESHOLDS[:, None]) & (free | crowd)
+            fits = (iou[i] >= limits) & (free | crowd)
             scored = fits & ~ignored[:, None]
             some = scored.any(-1)
             candidates = np.where(some[..., None], scored, fits)  # an ignored object only where no scored one fits

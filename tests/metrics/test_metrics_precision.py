@@ -203,6 +203,8 @@ def test_equality_with_the_threshold_matches_in_coco_only():
     half = one_object([5], [0.9])
     assert run(CocoPrecision(NAMES), half)["AP50"] == pytest.approx(1)
     assert run(CityscapesPrecision(NAMES, 0), half)["AP50"] == 0
+    assert run(CocoPrecision(NAMES), one_object([9], [0.9]))["AP"] == pytest.approx(0.9)
+    assert run(CityscapesPrecision(NAMES, 0), one_object([9], [0.9]))["AP"] == pytest.approx(0.8)
 
 
 def test_crowds_absorb_and_groups_excuse():
