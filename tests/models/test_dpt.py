@@ -1,7 +1,5 @@
 """DPT: published sizes to the digit, every option, sizes of images, and the published code's recorded outputs."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from jax_densevit.models import create_model
 from jax_densevit.models.counts import count_like_paper, count_parameters
 from jax_densevit.models.dpt import Readout, ResidualUnit
 from jax_densevit.models.registry import find_model
+from jax_densevit.pretrained import convert
 from jax_densevit.tasks.segmentation import SegmentationTask
 
 TINY = {
@@ -280,131 +279,15 @@ def test_wrong_options_are_named():
             jax.eval_shape(create_model("dpt", **{**TINY, **options}).init, jax.random.key(0), X)
 
 
-# Names of the published code (and of the study's), ours, and how the array is laid out. Torch's refinenet4 is the
-# deepest level, our fusion_3. The published ViT's classifier and final norm, refinenet4.resConfUnit1 are never used.
-BLOCK = (
-    (r"norm([12])\.weight", r"norm\1/scale", "same"),
-    (r"norm([12])\.bias", r"norm\1/bias", "same"),
-    (r"attn\.qkv\.weight", "attention/qkv/kernel", "qkv"),
-    (r"attn\.qkv\.bias", "attention/qkv/bias", "qkv"),
-    (r"attn\.proj\.weight", "attention/out/kernel", "out"),
-    (r"attn\.proj\.bias", "attention/out/bias", "same"),
-    (r"mlp\.fc([12])\.weight", r"mlp/fc\1/kernel", "linear"),
-    (r"mlp\.fc([12])\.bias", r"mlp/fc\1/bias", "same"),
-)
-NORM = (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "var"))
-NAMES = (
-    (r"pretrained\.model\.cls_token", "backbone/tokens/cls_token", "same"),
-    (r"pretrained\.model\.pos_embed", "backbone/tokens/position_embedding", "same"),
-    (r"pretrained\.model\.patch_embed\.proj\.weight", "backbone/embedding/kernel", "conv"),
-    (r"pretrained\.model\.patch_embed\.proj\.bias", "backbone/embedding/bias", "same"),
-    *(
-        (rf"pretrained\.model\.blocks\.(?P<block>\d+)\.{theirs}", rf"backbone/encoder/block_\g<block>/{ours}", layout)
-        for theirs, ours, layout in (
-            (theirs.replace("([12])", "(?P<n>[12])"), ours.replace(r"\1", r"\g<n>"), layout)
-            for theirs, ours, layout in BLOCK
-        )
-    ),
-    *(
-        row
-        for i in range(4)
-        for row in (
-            (rf"pretrained\.act_postprocess{i + 1}\.0\.project\.0\.weight", f"readout_{i}/kernel", "linear"),
-            (rf"pretrained\.act_postprocess{i + 1}\.0\.project\.0\.bias", f"readout_{i}/bias", "same"),
-            (rf"pretrained\.act_postprocess{i + 1}\.3\.weight", f"reassemble_{i}/project/kernel", "1x1"),
-            (rf"pretrained\.act_postprocess{i + 1}\.3\.bias", f"reassemble_{i}/project/bias", "same"),
-            (
-                rf"pretrained\.act_postprocess{i + 1}\.4\.weight",
-                f"reassemble_{i}/resize/kernel",
-                "transposed conv" if i < 2 else "conv",
-            ),
-            (rf"pretrained\.act_postprocess{i + 1}\.4\.bias", f"reassemble_{i}/resize/bias", "same"),
-            (rf"scratch\.layer{i + 1}_rn\.weight", f"level_{i}/kernel", "conv"),
-            (rf"scratch\.refinenet{i + 1}\.out_conv\.weight", f"fusion_{i}/project/kernel", "1x1"),
-            (rf"scratch\.refinenet{i + 1}\.out_conv\.bias", f"fusion_{i}/project/bias", "same"),
-            *(
-                unit
-                for n, ours in ((1, "skip"), (2, "refine"))
-                if (i, n) != (3, 1)
-                for unit in (
-                    (
-                        rf"scratch\.refinenet{i + 1}\.resConfUnit{n}\.conv([12])\.weight",
-                        rf"fusion_{i}/{ours}/conv\1/kernel",
-                        "conv",
-                    ),
-                    (
-                        rf"scratch\.refinenet{i + 1}\.resConfUnit{n}\.conv([12])\.bias",
-                        rf"fusion_{i}/{ours}/conv\1/bias",
-                        "same",
-                    ),
-                    *(
-                        (
-                            rf"scratch\.refinenet{i + 1}\.resConfUnit{n}\.bn([12])\.{theirs}",
-                            rf"fusion_{i}/{ours}/norm\1/{leaf}",
-                            "same",
-                        )
-                        for theirs, leaf in NORM
-                    ),
-                )
-            ),
-        )
-    ),
-    *(
-        row
-        for theirs, ours in ((r"scratch\.output_conv", "head"), ("auxlayer", "auxiliary_head"))
-        for row in (
-            (rf"{theirs}\.0\.weight", f"{ours}/conv/conv/kernel", "conv"),
-            *((rf"{theirs}\.1\.{name}", f"{ours}/conv/norm/{leaf}", "same") for name, leaf in NORM),
-            (rf"{theirs}\.4\.weight", f"{ours}/classifier/kernel", "1x1"),
-            (rf"{theirs}\.4\.bias", f"{ours}/classifier/bias", "same"),
-        )
-    ),
-)
-UNUSED = re.compile(r"pretrained\.model\.(head|norm)\..*|scratch\.refinenet4\.resConfUnit1\..*|.*num_batches_tracked")
-
-
-def from_torch(state, heads):
-    """Our variables from the published names."""
-
-    def qkv(x):
-        return x.T.reshape(*x.T.shape[:-1], 3, heads, -1)
-
-    layouts = {
-        "same": lambda x: x,
-        "linear": lambda x: x.T,
-        "1x1": lambda x: x[:, :, 0, 0].T,
-        "conv": lambda x: x.transpose(2, 3, 1, 0),
-        "transposed conv": lambda x: x.transpose(2, 3, 0, 1),
-        "qkv": qkv,
-        "out": lambda x: x.T.reshape(heads, -1, x.shape[0]),
-    }
-    variables = {"params": {}, "batch_stats": {}}
-    for name, value in state.items():
-        rows = [(match, row) for row in NAMES if (match := re.fullmatch(row[0], name))]
-        if not rows:
-            assert UNUSED.fullmatch(name), name
-            continue
-        ((match, (_, ours, layout)),) = rows
-        *folders, leaf = match.expand(ours).split("/")
-        tree = variables["batch_stats" if leaf in ("mean", "var") else "params"]
-        for folder in folders:
-            tree = tree.setdefault(folder, {})
-        assert leaf not in tree
-        tree[leaf] = layouts[layout](np.asarray(value, np.float32))
-    return variables
-
-
 @pytest.mark.reference
 def test_recorded_outputs(reference_data):
     with np.load(reference_data / "goldens/dpt/dpt_seed_tiny.npz", allow_pickle=False) as archive:
         recorded = {name: archive[name] for name in archive.files}
     state = {name[3:]: value for name, value in recorded.items() if name.startswith("sd/")}
-    variables = from_torch(state, heads=2)
     sizes = {"hidden_size": 16, "num_layers": 4, "num_heads": 2, "mlp_size": 32, "image_size": 64, "taps": (1, 2, 3, 4)}
     options = {**sizes, "reassemble": (4, 6, 8, 10), "features": 8, "num_classes": 5}
     model = create_model("dpt", **options)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
+    variables = convert(state, "dpt", model)
     assert count_like_paper(model, (64, 64)) - 1000 * 17 + 7 * 17 == 38_597  # its ViT classifies 7 classes, not 1000
 
     def images(name):

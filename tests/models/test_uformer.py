@@ -13,6 +13,7 @@ from jax_densevit.errors import UserError
 from jax_densevit.models.counts import count_parameters
 from jax_densevit.models.registry import create_model, find_model
 from jax_densevit.models.uformer import STAGES, _drop_path_rates, macs_as_published, windows_built_for
+from jax_densevit.pretrained import convert
 
 TINY = {"base": 4, "heads": (1, 1, 2, 2, 4, 4, 2, 2, 1), "window": 4}
 # One block a stage, the second stages of encoder and decoder with a shifted one.
@@ -285,72 +286,11 @@ def test_refuses_a_mask_that_is_none():
         jax.eval_shape(lambda key, x: model.init(key, x, valid=x), jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
 
 
-# The authors' names of what belongs to a stage, beside ours: (theirs, ours).
-_BLOCK = {
-    "norm1.weight": "norm1/scale",
-    "norm1.bias": "norm1/bias",
-    "attn.relative_position_bias_table": "attention/position_bias",
-    "attn.proj.weight": "attention/out/kernel",
-    "attn.proj.bias": "attention/out/bias",
-    "norm2.weight": "norm2/scale",
-    "norm2.bias": "norm2/bias",
-    "mlp.linear1.0.weight": "feed_forward/fc1/kernel",
-    "mlp.linear1.0.bias": "feed_forward/fc1/bias",
-    "mlp.dwconv.0.weight": "feed_forward/depthwise/kernel",
-    "mlp.dwconv.0.bias": "feed_forward/depthwise/bias",
-    "mlp.linear2.0.weight": "feed_forward/fc2/kernel",
-    "mlp.linear2.0.bias": "feed_forward/fc2/bias",
-    "modulator.weight": "modulator",
-}
-_AROUND = {
-    "input_proj.proj.0": "input",
-    "output_proj.proj.0": "output",
-    **{f"dowsample_{i}.conv.0": f"downsample_{i}" for i in range(4)},
-    **{f"upsample_{i}.deconv.0": f"upsample_{i}" for i in range(4)},
-}
+# The authors' names of the stages, beside ours.
 _STAGES = {
     "conv": "bottleneck",
     **{f"{side}layer_{i}": f"{side}_{i}" for side in ("encoder", "decoder") for i in range(4)},
 }
-
-
-def from_torch(state, heads):
-    """The authors' state dict as our parameters; `heads` of the nine stages."""
-    params, heads = {}, dict(zip(STAGES, heads, strict=True))
-
-    def put(path, value):
-        *folders, leaf = path.split("/")
-        place = params
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[leaf] = np.ascontiguousarray(value, np.float32)
-
-    for name, value in state.items():
-        layer, _, kind = name.rpartition(".")
-        if layer in _AROUND:
-            order = (2, 3, 0, 1) if layer.startswith("upsample") else (2, 3, 1, 0)
-            value = value.transpose(order) if kind == "weight" else value
-            put(f"{_AROUND[layer]}/{'kernel' if kind == 'weight' else 'bias'}", value)
-            continue
-        stage, blocks, i, part = name.split(".", 3)
-        assert blocks == "blocks"
-        place, h = f"{_STAGES[stage]}/block_{i}", heads[_STAGES[stage]]
-        if part.startswith("attn.qkv.to_q."):
-            # Queries, and keys and values together, become one projection of the three.
-            both = np.concatenate([value, state[name.replace("to_q", "to_kv")]])
-            leaf = "kernel" if part.endswith("weight") else "bias"
-            both = both.reshape(3, h, -1, *both.shape[1:])
-            put(f"{place}/attention/qkv/{leaf}", np.moveaxis(both, 3, 0) if leaf == "kernel" else both)
-        elif not part.startswith("attn.qkv.to_kv.") and part != "attn.relative_position_index":
-            path = _BLOCK[part]
-            if path.endswith("kernel"):
-                value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-            if path == "attention/out/kernel":
-                value = value.reshape(h, -1, value.shape[-1])
-            if path == "modulator":
-                value = value.reshape(int(len(value) ** 0.5), -1, value.shape[-1])
-            put(f"{place}/{path}", value)
-    return {"params": params}
 
 
 @pytest.mark.reference
@@ -373,11 +313,9 @@ def test_recorded_outputs(reference_data, padding):
         theirs = next(name for name, ours in _STAGES.items() if ours == stage)
         assert meta["last_block_window_shift"][theirs] == {"win": window, "shift": 0 if depth % 2 else shift}
     state = {key.removeprefix("sd/"): value for key, value in recorded.items() if key.startswith("sd/")}
-    variables = from_torch(state, model.heads)
+    variables = convert(state, "uformer", model)
     images = recorded["in/x"].astype(np.float32).transpose(0, 2, 3, 1)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == meta["params"]
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, shapes)
     apply = jax.jit(lambda v, x: model.apply(v, x, capture_intermediates=True, mutable=["intermediates"]))
     out, captured = apply(variables, images)
     np.testing.assert_allclose(out.logits, recorded["out/y"].transpose(0, 2, 3, 1), atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 
 from jax_densevit.errors import UserError
 from jax_densevit.models.registry import create_model, find_model
+from jax_densevit.pretrained import convert
 
 
 def parameters(model):
@@ -98,45 +99,12 @@ def test_refusals():
         create_model("unet", base=3, bilinear=True).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
 
 
-def _recorded_variables(recorded):
-    """The recorded PyTorch state, moved leaf by leaf into our tree."""
-
-    def tensor(name):
-        return jnp.asarray(recorded[f"sd/{name}"], jnp.float32)
-
-    def block(prefix):
-        params, statistics = {}, {}
-        for ours, conv, norm in (("first", 0, 1), ("second", 3, 4)):
-            state = f"{prefix}.double_conv.{norm}"
-            params[ours] = {
-                "conv": {"kernel": tensor(f"{prefix}.double_conv.{conv}.weight").transpose(2, 3, 1, 0)},
-                "norm": {"scale": tensor(f"{state}.weight"), "bias": tensor(f"{state}.bias")},
-            }
-            statistics[ours] = {
-                "norm": {"mean": tensor(f"{state}.running_mean"), "var": tensor(f"{state}.running_var")}
-            }
-        return params, statistics
-
-    params, statistics = {}, {}
-    for i in range(5):
-        prefix = f"down{i}.maxpool_conv.1" if i else "inc"
-        params[f"encoder_{i}"], statistics[f"encoder_{i}"] = block(prefix)
-    for i in range(4):
-        up = f"up{4 - i}"
-        params[f"decoder_{i}"], statistics[f"decoder_{i}"] = block(f"{up}.conv")
-        params[f"upsample_{i}"] = {
-            "kernel": tensor(f"{up}.up.weight").transpose(2, 3, 0, 1),
-            "bias": tensor(f"{up}.up.bias"),
-        }
-    params["head"] = {"kernel": tensor("outc.conv.weight")[:, :, 0, 0].T, "bias": tensor("outc.conv.bias")}
-    return {"params": params, "batch_stats": statistics}
-
-
 @pytest.mark.reference
 def test_recorded_outputs(reference_data):
     recorded = np.load(reference_data / "goldens/unet/unet_tiny_deconv.npz", allow_pickle=False)
-    variables = _recorded_variables(recorded)
     model = create_model("unet", base=4, num_classes=5)
+    state = {name[3:]: recorded[name] for name in recorded.files if name.startswith("sd/")}
+    variables = convert(state, "unet", model)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 122_113
     apply = jax.jit(model.apply, static_argnames=("train", "mutable"))
     for size in ("48x32", "50x38"):

@@ -1,0 +1,18 @@
+"""Tables of names, one file per family: theirs, ours, and how the numbers lie."""
+
+from jax_densevit.pretrained.tables import convolutional, dpt, setr, vit
+from jax_densevit.pretrained.tables.table import Source
+
+SOURCES: dict[str, Source] = {
+    "vit_npz": vit.VIT_NPZ,
+    "timm_vit": vit.TIMM_VIT,
+    "deit": vit.DEIT,
+    "hf_vit": vit.HF_VIT,
+    "setr": setr.SETR,
+    "mmseg_setr": setr.MMSEG_SETR,
+    "uformer": convolutional.UFORMER,
+    "dpt": dpt.DPT,
+    "hf_dpt": dpt.HF_DPT,
+    "unet": convolutional.UNET,
+    "axial": convolutional.AXIAL,
+}
