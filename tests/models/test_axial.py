@@ -10,6 +10,7 @@ from jax_densevit.layers.transformer import stack_blocks, unstack_blocks
 from jax_densevit.models.axial import ChannelNorm
 from jax_densevit.models.counts import count_parameters
 from jax_densevit.models.registry import create_model, find_model
+from jax_densevit.pretrained import convert
 
 TINY = {"num_classes": 5, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_size": 12}
 IMAGES = np.random.default_rng(0).normal(size=(2, 5, 7, 3)).astype(np.float32)
@@ -214,56 +215,16 @@ def test_refusals():
             tiny(**options).init(jax.random.key(0), IMAGES)
 
 
-def recorded_parameters(tensor, layers, heads):
-    """The recorded PyTorch state, moved into our tree; `tensor(name)` reads it."""
-
-    def conv(name):
-        return {"kernel": tensor(f"{name}.weight").transpose(2, 3, 1, 0), "bias": tensor(f"{name}.bias")}
-
-    def attention(name):
-        qkv = np.concatenate([tensor(f"{name}.fn.to_q.weight"), tensor(f"{name}.fn.to_kv.weight")]).T
-        width = qkv.shape[0]
-        return {
-            "norm": {"scale": tensor(f"{name}.norm.weight"), "bias": tensor(f"{name}.norm.bias")},
-            "qkv": {"kernel": qkv.reshape(width, 3, heads, width // heads)},
-            "out": {
-                "kernel": tensor(f"{name}.fn.to_out.weight").T.reshape(heads, width // heads, width),
-                "bias": tensor(f"{name}.fn.to_out.bias"),
-            },
-        }
-
-    def mlp(name):
-        norm = {"scale": tensor(f"{name}.0.g").ravel(), "bias": tensor(f"{name}.0.b").ravel()}
-        return {"norm": norm, "conv1": conv(f"{name}.1"), "conv2": conv(f"{name}.3")}
-
-    def layer(i):
-        blocks = f"layers.blocks.{2 * i}", f"layers.blocks.{2 * i + 1}"
-        return {
-            "height": attention(f"{blocks[0]}.f.net.fn"),
-            "width": attention(f"{blocks[0]}.g.net.fn"),
-            "mlp1": mlp(f"{blocks[1]}.f.net"),
-            "mlp2": mlp(f"{blocks[1]}.g.net"),
-        }
-
-    embedding = conv("input_project")
-    embedding["kernel"] = embedding["kernel"][0, 0]
-    return {
-        "embedding": embedding,
-        "layers": {f"block_{i}": layer(i) for i in range(layers)},
-        "head": conv("output_project"),
-    }
-
-
 @pytest.mark.reference
 @pytest.mark.parametrize("scan", [False, True])
 def test_recorded_outputs_and_gradients(reference_data, scan):
     with np.load(reference_data / "goldens/axial/axial_tiny_reversible_out3x3.npz", allow_pickle=False) as file:
         recorded = {name: file[name] for name in file.files}
-    params = recorded_parameters(lambda name: recorded[f"sd/{name}"].astype(np.float32), layers=2, heads=4)
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 79_253
-    params = stack_blocks(params) if scan else params
-    images = recorded["in/x"].astype(np.float32).transpose(0, 2, 3, 1)
     model = create_model("axial", num_classes=5, hidden_size=16, num_layers=2, num_heads=4, mlp_size=64, scan=scan)
+    state = {name[3:]: array for name, array in recorded.items() if name.startswith("sd/")}
+    params = convert(state, "axial", model)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 79_253
+    images = recorded["in/x"].astype(np.float32).transpose(0, 2, 3, 1)
 
     def loss(params, images):
         out = model.apply({"params": params}, images, train=True)
