@@ -6,8 +6,8 @@ advances row by row and the inner one pixel by pixel, each with the keys and val
 many as one pass of training. Rows and columns are two nested scans, so that one program draws a batch of pictures.
 
 What bounds it: a pixel reads all weights of the inner decoder and its head (13.6 MB at full width, float32) for 7 MFLOP
-a picture, so a batch costs little more than one picture until its products take longer than that reading: from two
-pictures on where a CPU keeps the weights in its cache, far later on a GPU.
+a picture, so a batch costs little more than one picture until its products take longer than that reading, on a
+CPU from two pictures on (`docs/benchmarks.md`).
 `method="jacobi"` makes products of whole rows again: it guesses a row's colors, computes all its logits at once, draws
 again with the same noise, and stops when nothing changes. Colors depend on those to their left alone, so a pass settles
 at least one more pixel, in effect several, and what the last pass confirms is what drawing pixel by pixel finds.
