@@ -59,7 +59,15 @@ def score_table(results: list[dict[str, Any]]) -> str:
     scores = SCORES[results[0]["kind"]]
     columns = ["Model", "# of Parameters", "Training Loss", "Validation Loss"]
     columns += [f"Test {title}" for title, _, _ in scores]
-    columns += ["GMACs", "Steps", "Best Step", "Learning Rate", "Training", "Images/s, Training", "Images/s, Inference"]
+    columns += [
+        "GMACs",
+        "Steps",
+        "Best Step",
+        "Learning Rate",
+        "Wall Time, Training",
+        "Images/s, Training",
+        "Images/s, Inference",
+    ]
     rows = []
     for r in results:
         rows.append(
@@ -69,13 +77,13 @@ def score_table(results: list[dict[str, Any]]) -> str:
                 f"{r['training_loss']:.4f}",
                 f"{r['validation_loss']:.4f}",
                 *(_number(r["test"].get(key), form) for _, key, form in scores),
-                f"{r['gmacs']:.3g}",
+                _short(r["gmacs"]),
                 f"{r['steps']:,}",
                 f"{r['step']:,}",
                 f"{r['learning_rate']:g}",
                 _duration(r["training_seconds"]),
-                f"{r['training_images_per_second']:.3g}",
-                f"{r['inference_images_per_second']:.3g}",
+                _short(r["training_images_per_second"]),
+                _short(r["inference_images_per_second"]),
             ]
         )
     first = results[0]
@@ -156,7 +164,7 @@ def _section(task: str, found: list[tuple[Plan, dict[str, Any]]], workdir: Path)
         f"{first['training_loss_examples']:,} crops of the training order, and over all "
         f"{first['validation_examples']:,} validation examples. Scores: of that step, on {first['test_examples']:,} "
         "test examples, measured once. GMACs: 1e9 multiply-accumulates of one forward pass of a training crop. "
-        "Training: time of the steps of the full run alone, without compiling, evaluating and probes; on "
+        "Wall time: of the steps of the full run alone, without compiling, evaluating and probes; on "
         f"{devices}. Inference: batches as in training, on one device."
         + (f" Parameters as published, with unused ones: {same}." if same else ""),
     ]
@@ -203,6 +211,10 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return NOTHING if value is None or value != value else form.format(value)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:
