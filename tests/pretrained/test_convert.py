@@ -1,11 +1,13 @@
 """Tables of names: round trips bit for bit, refusals that list the names, position tables, wrappers and numberings."""
 
 import functools
+import json
 import re
 
 import jax
 import numpy as np
 import pytest
+from bundle_writer import write_bundle
 from torch_writer import write_zip
 
 from jax_densevit.errors import UserError
@@ -19,6 +21,7 @@ SETR = {**VIT, "num_layers": 4, "num_classes": 3, "head_channels": 4}
 DPT = {**VIT, "num_layers": 4, "reassemble": (2, 3, 4, 5), "features": 4, "num_classes": 3}
 AXIAL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_size": 12, "image_size": (8, 12)}
 UFORMER = {"base": 2, "heads": (1,) * 9, "depths": (1,) * 9, "window": 4}
+COLTRAN = {"image_size": (3, 4), "hidden_size": 8, "mlp_size": 12, "num_heads": 2}
 CASES = {
     "vit_npz": ("vit_npz", "vit", {**VIT, "num_classes": 5}),
     "timm_vit": ("timm_vit", "vit", {**VIT, "num_classes": 5, "scan": True}),
@@ -37,6 +40,9 @@ CASES = {
     "axial": ("axial", "axial", {**AXIAL, "positions": True}),
     "axial residual": ("axial", "axial", {**AXIAL, "reversible": False, "scan": True}),
     "uformer": ("uformer", "uformer", {**UFORMER, "modulator": True}),
+    "coltran colorizer": ("coltran", "coltran_colorizer", {**COLTRAN, "encoder_layers": 1}),
+    "coltran color": ("coltran", "coltran_color_upsampler", {**COLTRAN, "num_layers": 2}),
+    "coltran spatial": ("coltran", "coltran_spatial_upsampler", {**COLTRAN, "num_layers": 1}),
     "uformer conv, ffn": ("uformer", "uformer", {**UFORMER, "projection": "conv", "feed_forward": "ffn"}),
 }
 
@@ -72,7 +78,7 @@ def test_round_trip(case, tmp_path):
     # Wrapped as training writes it, with what files have beside the weights.
     tree = {"state_dict": {f"module.{name}": array for name, array in names.items()}, "epoch": 3}
     tree["optimizer"] = {"state": {0: {"exp_avg": np.ones(3, np.float32)}}}
-    tensors = names if source == "vit_npz" else read(write_zip(tmp_path / "a.pth", tree))
+    tensors = names if source in ("vit_npz", "coltran") else read(write_zip(tmp_path / "a.pth", tree))
     back = convert(tensors, source, model)
     same(back, variables)
     again = restore_names(back, source, model)
@@ -234,3 +240,37 @@ def test_half_precision_files_become_float32():
     for name, leaf in restore_names(convert(halves, source, model), source, model).items():
         assert leaf.dtype == np.float32
         np.testing.assert_array_equal(leaf, halves[name].astype(np.float32))
+
+
+def test_tensorflow_names_of_coltran(tmp_path):
+    """A bundle as the published ones are: escaped names, moving averages, slots of the optimizer, frozen norms."""
+    source, model, variables, names = sample("coltran colorizer")
+
+    def key(name, suffix=":0"):
+        return name.replace("/", ".S") + f"{suffix}/.ATTRIBUTES/VARIABLE_VALUE"
+
+    stored = {key(name): np.zeros_like(array) for name, array in names.items()}
+    stored |= {key(name, ".SExponentialMovingAverage:0"): array for name, array in names.items()}
+    slot = next(iter(names)).replace("/", ".S") + ":0/.OPTIMIZER_SLOT/optimizer/rms/.ATTRIBUTES/VARIABLE_VALUE"
+    stored |= {slot: np.ones(3, np.float32), "save_counter/.ATTRIBUTES/VARIABLE_VALUE": np.array(7, np.int64)}
+    norm = "col_tran_core/outer_decoder/conditional_layer_norm/normalize"
+    stored |= {key(f"{norm}/gamma"): np.ones(8, np.float32), key(f"{norm}/beta"): np.zeros(8, np.float32)}
+    same(convert(read(write_bundle(tmp_path / "model-1", stored)), source, model), variables)
+    with pytest.raises(UserError, match="is not 1 everywhere"):
+        convert({**stored, key(f"{norm}/gamma"): np.full(8, 2.0, np.float32)}, source, model)
+    other = create_model("coltran_colorizer", "ColTran-B", **COLTRAN)
+    with pytest.raises(UserError, match="full conditioning only"):
+        convert(stored, source, other)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("stage", ["colorizer", "color_upsampler", "spatial_upsampler"])
+def test_names_and_shapes_of_published_coltran_checkpoints(reference_data, stage):
+    """At full size every variable of the original has its place, and its shape, and no other is asked for."""
+    rows = json.loads((reference_data / "goldens/coltran/ckpt_name_map.json").read_text())[stage]
+    stored = {}
+    for name, _, shape, trainable in rows:
+        value = np.float32(not trainable and "gamma" in name)
+        stored[f"{name.replace('/', '.S')}/.ATTRIBUTES/VARIABLE_VALUE"] = np.broadcast_to(value, shape)
+    report = check(stored, "coltran", create_model(f"coltran_{stage}"))
+    assert report.fits and len(report.loaded) == sum(trainable for *_, trainable in rows)
