@@ -197,9 +197,9 @@ def _quick(config, task):
         config.data.train = ConfigDict({**data, "split": "train"})
     config.data.train = ConfigDict({**data, "split": "train"})
     config.data.crop = (64, 64)
-    config.steps = 240
-    config.optimizer.warmup_steps = 24
+    config.steps = 200
+    config.optimizer.warmup_steps = 20
     config.log.every = 20
-    config.checkpoint.every = 120
+    config.checkpoint.every = 100
     for split, evaluator in config.eval.items():
         evaluator.data = ConfigDict({**data, **more, "split": split})

@@ -233,6 +233,7 @@ def test_another_config_is_refused(config, done):
         ("tasks.segmentation.optimizer.weight_decay=0.5", "weight_decay: 0.0 -> 0.5"),
         ("tasks.colorization.eval.test.limit=3", r"limit: 0 -> 3"),
         ("probe=1.0", "steps: 2 -> 4"),
+        ("learning_rates=(1e-3, 1e-2, 1e-1)", "learning_rates: "),
     ):
         with pytest.raises(UserError, match=f"made with another config .*{message}"):
             study.main([f"--config={config}", "--workdir", str(done), f"--config.{change}"])

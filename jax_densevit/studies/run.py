@@ -107,6 +107,12 @@ def _finish(
         tried = ", ".join(f"{rate:g}" for rate in plan.rates)
         raise UserError(f"{label}: every learning rate diverges ({tried}): give lower ones in config.learning_rates.")
     run = folder / "run"
+    began = _begun(run)
+    if began is not None and began["optimizer"]["learning_rate"] != rate:
+        raise UserError(
+            f"{run} was begun with learning rate {began['optimizer']['learning_rate']:g}, and of the rates now probed "
+            f"{rate:g} is the best: remove {run} to train with that."
+        )
     say(f"{label}, {plan.config.steps} steps with learning rate {rate:g} in {run}")
     code = train(build(plan.run(rate)), run, quiet=quiet)
     if code != DONE or stop.requested:
@@ -128,6 +134,7 @@ def _finish(
         "batch_size": plan.config.batch_size,
         "gmacs": plan.macs / 1e9,
         "training_flops": plan.flops,
+        "learning_rates": list(plan.rates),
         "probe_steps": plan.probe_steps,
         "probes": probes,
     }
@@ -168,30 +175,37 @@ def _probe(plan: Plan, rate: float, folder: Path, label: str, say: Callable, qui
 
 def _check_same(plan: Plan, folder: Path) -> None:
     """Raises :class:`UserError` where a folder holds results of another config."""
-    planned = {"result.json": (("config", plan.config), ("test_config", plan.test))}
+    parts = {"config": _plain(plan.config), "test_config": _plain(plan.test), "learning_rates": list(plan.rates)}
+    planned = {"result.json": parts}
     if plan.probe_steps:
         for rate in plan.rates:
-            planned[f"{probe_folder(folder, rate).name}/probe.json"] = (("config", plan.probe(rate)),)
+            planned[f"{probe_folder(folder, rate).name}/probe.json"] = {"config": _plain(plan.probe(rate))}
     for name, parts in planned.items():
         file = folder / name
         if not file.is_file():
             continue
         found = json.loads(file.read_text(encoding="utf-8"))
-        for key, config in parts:
-            if lines := differences(found.get(key), _plain(config)):
+        for key, value in parts.items():
+            if lines := differences(found.get(key), value, key):
                 raise UserError(
                     f"{file} was made with another config ({'; '.join(lines[:3])}): choose another --workdir, or "
                     f"remove {folder} to run this model again."
                 )
-    began = folder / "run" / "config.json"
-    if began.is_file():
-        before, now = json.loads(began.read_text(encoding="utf-8")), _plain(plan.config)
+    before = _begun(folder / "run")
+    if before is not None:
+        now = _plain(plan.config)
         now["optimizer"]["learning_rate"] = before["optimizer"]["learning_rate"]
         if lines := differences(before, now):
             raise UserError(
-                f"{began.parent} was begun with another config ({'; '.join(lines[:3])}): choose another --workdir, or "
-                f"remove {folder} to run this model again."
+                f"{folder / 'run'} was begun with another config ({'; '.join(lines[:3])}): choose another --workdir, "
+                f"or remove {folder} to run this model again."
             )
+
+
+def _begun(run: Path) -> dict[str, Any] | None:
+    """The config that a full run was begun with; None where it was not."""
+    path = run / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _plain(config: ConfigDict) -> Any:
