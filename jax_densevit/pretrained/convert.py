@@ -122,10 +122,11 @@ def convert(
         tree = variables.setdefault("batch_stats" if _is_statistic(path) else "params", {})
         for folder in folders:
             tree = tree.setdefault(folder, {})
-        tree[name] = np.ascontiguousarray(value, leaf.dtype).reshape(leaf.shape)
+        tree[name] = np.asarray(value, leaf.dtype).reshape(leaf.shape)
     if getattr(model, "scan", False):
         variables["params"] = stack_blocks(variables["params"], getattr(model, "head_taps", ()))
-    return variables
+    # Until here mostly views into the file: one copy each, that the file's later fate does not touch.
+    return jax.tree.map(lambda array: np.require(array, requirements=["C", "O", "W"]), variables)
 
 
 def check(
