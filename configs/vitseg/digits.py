@@ -39,6 +39,7 @@ def get_config(arg=""):
     recipe.schedule(config, form)
     config.batch_size = 32
     config.steps = 500
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 50)
     config.eval.val = default_evaluator()
     config.eval.val.data = ConfigDict({**scenes, "split": "val"})
     config.eval.val.limit = 200
