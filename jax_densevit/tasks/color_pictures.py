@@ -12,6 +12,14 @@ from jax_densevit.tasks import pictures
 from jax_densevit.writing import whole_file, write_json
 
 
+def rows(examples: list[dict[str, np.ndarray]], **columns: str) -> list[dict[str, np.ndarray]]:
+    """The rows of :func:`sheet` from a task's examples: `columns` says which entry of an example is shown as what."""
+    return [
+        {**{shown: example[entry] for shown, entry in columns.items()}, "name": example.get("name", "")}
+        for example in examples
+    ]
+
+
 def sheet(rows: Sequence[dict[str, Any]]) -> Image.Image:
     """A picture sheet: gray, then every model in the order of the first row, then the truth.
 

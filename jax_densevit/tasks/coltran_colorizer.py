@@ -160,16 +160,8 @@ class ColorizerTask:
 
     def sheet(self, examples: list[dict[str, np.ndarray]]) -> Image.Image:
         """One row per example: gray, coarse colors of the model, true coarse colors."""
-        rows = [
-            {
-                "gray": example["predicted_gray"],
-                "model": example["predicted_image"],
-                "truth": example["predicted_truth"],
-                "name": example.get("name", ""),
-            }
-            for example in examples
-        ]
-        return color_pictures.sheet(rows)
+        columns = dict(gray="predicted_gray", model="predicted_image", truth="predicted_truth")
+        return color_pictures.sheet(color_pictures.rows(examples, **columns))
 
     def file_names(self, stem: str) -> tuple[str, ...]:
         """The names of the files that :meth:`write` makes."""

@@ -156,17 +156,10 @@ class UpsamplerTask:
 
     def sheet(self, examples: list[dict[str, np.ndarray]]) -> Image.Image:
         """One row per example: gray, coarse, fine, true."""
-        rows = [
-            {
-                "gray": example["predicted_gray"],
-                "coarse": example["predicted_coarse"],
-                "model": example["predicted_image"],
-                "truth": example["predicted_truth"],
-                "name": example.get("name", ""),
-            }
-            for example in examples
-        ]
-        return color_pictures.sheet(rows)
+        columns = dict(
+            gray="predicted_gray", coarse="predicted_coarse", model="predicted_image", truth="predicted_truth"
+        )
+        return color_pictures.sheet(color_pictures.rows(examples, **columns))
 
     def file_names(self, stem: str) -> tuple[str, ...]:
         """The names of the files that :meth:`write` makes."""
