@@ -19,7 +19,6 @@ from PIL import Image
 from jax_densevit.data.augment import normalise
 from jax_densevit.data.source import DataInfo
 from jax_densevit.errors import UserError, did_you_mean
-from jax_densevit.layers.resize import resize_bilinear
 from jax_densevit.metrics.boundary import BoundaryIoU
 from jax_densevit.metrics.confusion import ConfusionMatrix
 from jax_densevit.metrics.metric import Metric
@@ -27,10 +26,11 @@ from jax_densevit.models.output import DenseOutput
 from jax_densevit.tasks import pictures
 from jax_densevit.tasks.losses import DENOMINATORS, LOSSES, heads, segmentation_loss
 from jax_densevit.tasks.registry import register_task
-from jax_densevit.tasks.rooms import Samples, room_for, sample_axis, samples
+from jax_densevit.tasks.rooms import Samples, room_for, sample_axis
 from jax_densevit.tasks.rows import automatic_rows, map_over_pixels
 from jax_densevit.tasks.sliding import slide
 from jax_densevit.tasks.task import Batch, LossTerm
+from jax_densevit.tasks.views import enlarge, place, prepare, views
 
 MODES = ("whole", "slide")
 
@@ -188,29 +188,29 @@ class SegmentationTask:
         room = tuple(image.shape[1:3])
         size = tuple(batch.get("size", room))
         fed_sizes = [self.decoding_size(*size, scale) for scale in self.scales]
-        passes = [(fed, view) for fed in fed_sizes for view in _views(self.flip, self.rotate90)]
+        passes = [(fed, view) for fed in fed_sizes for view in views(self.flip, self.rotate90)]
         upright, total = (image, size, room), None
         for fed, (transposed, *flip) in passes:
             image, size, room = upright
             if transposed:
                 image, size, room, fed = image.swapaxes(1, 2), size[::-1], room[::-1], fed[::-1]
             if self.mode == "slide":
-                images = _prepare(self, image, size, fed, self._room_to_slide(fed, batch), flip)
+                images = prepare(self, image, size, fed, self._room_to_slide(fed, batch), flip)
                 at_once = max(1, self.windows_at_once // len(images))
                 logits = slide(forward, images, fed, self.crop, self.stride, at_once)
-                place = _samples(fed, size, room, flip)
+                at = place(fed, size, room, flip)
             else:
-                output = forward(_prepare(self, image, size, fed, fed, flip))
+                output = forward(prepare(self, image, size, fed, fed, flip))
                 logits, covers = output.logits, output.covers
                 if fed == size and (covers == fed or not any(flip)):
-                    place = _samples(logits.shape[1:3], covers, room, flip, cut=size)
+                    at = place(logits.shape[1:3], covers, room, flip, cut=size)
                 else:  # first to what the model was fed, then to the picture
-                    logits = _enlarge(logits, covers, fed)
-                    place = _samples(fed, size, room, flip)
+                    logits = enlarge(logits, covers, fed)
+                    at = place(fed, size, room, flip)
             self._checked(logits)
             if len(passes) == 1 and not probabilities:
-                return _choose(self, logits, *place, full)
-            total = _add(self, total, logits, *place, transposed)
+                return _choose(self, logits, *at, full)
+            total = _add(self, total, logits, *at, transposed)
         return _choose_from_mean(self, total, len(passes), full, probabilities)
 
     def choose(self, logits: jax.Array, full: bool = False) -> Batch:
@@ -336,41 +336,6 @@ class SegmentationTask:
                 f"{self.num_outputs}; leave model.num_classes out of the config, it is filled in from the data."
             )
         return logits
-
-
-def _views(flip: bool, rotate90: bool) -> list[tuple[bool, bool, bool]]:
-    """The views of a picture as (rows and columns exchanged, then the order of rows reversed, that of columns)."""
-    turns = [(False, False, False)]
-    if rotate90:  # clockwise by 90, 180 and 270 degrees
-        turns += [(True, False, True), (False, True, True), (True, True, False)]
-    return [
-        (*turn, columns ^ mirrored) for *turn, columns in turns for mirrored in ((False, True) if flip else (False,))
-    ]
-
-
-def _samples(given, length, room, mirrored, cut=(0, 0)) -> tuple[Samples, ...]:
-    """Samples of rows and columns, each mirrored if asked."""
-    sides = zip(given, length, room, cut, mirrored, strict=True)
-    return tuple(samples(g, n, room=r, cut=c, mirrored=m) for g, n, r, c, m in sides)
-
-
-def _prepare(task: SegmentationTask, image: jax.Array, size, fed, room, flip) -> jax.Array:
-    """Normalised images, those of `size` resized to `fed`, rows and columns mirrored if asked, in arrays of `room`; 0
-    beyond.
-    """
-    same = tuple(image.shape[1:3]) == size == fed == room and not any(flip)
-    return _normalise(task, image, None if same else _samples(size, fed, room, flip))
-
-
-@functools.partial(jax.jit, static_argnames="task")
-def _normalise(task: SegmentationTask, image: jax.Array, place: tuple[Samples, Samples] | None) -> jax.Array:
-    (images,) = task.inputs({"image": image})
-    return images if place is None else sample_axis(sample_axis(images, place[0], 1), place[1], 2)
-
-
-@functools.partial(jax.jit, static_argnames=("covers", "size"))
-def _enlarge(logits: jax.Array, covers: tuple[int, int], size: tuple[int, int]) -> jax.Array:
-    return resize_bilinear(logits.astype(jnp.float32), covers)[:, : size[0], : size[1]]
 
 
 @functools.partial(jax.jit, static_argnames=("task", "full"))
