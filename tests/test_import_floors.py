@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "jax_densevit"
 FLOORS = {
     "__init__": -1,
     "errors": -1,
+    "manifest": -1,
     "writing": -1,
     "layers": 0,
     "data": 1,

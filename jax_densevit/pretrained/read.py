@@ -64,22 +64,18 @@ def contents(path: str | os.PathLike) -> Contents:
       checked. The older form has none: where the file's name ends with the start of its SHA-256, as published names
       do (`-b3be5167.pth`), that is compared.
     - TensorFlow 2 checkpoints: `<prefix>.index` or `<prefix>`. Their checksums are checked. Strings are left out.
+    - Orbax: a folder of a tree of arrays, a step of several, or a workdir of this library, of which the newest step is
+      read. Where there is a manifest, as in every checkpoint of ours, it is checked. (`config.init` and the commands
+      take a workdir itself, nothing needs to be read.)
 
     Arrays of PyTorch and TensorFlow files are read-only views into the memory-mapped file, with the strides that they
     were saved with: reading costs no memory beyond the file's own pages, which the system can drop. Do not change the
     file while they are in use.
 
-    Orbax checkpoints of this library are directories that `experiment.load` opens; `config.init` starts from one.
-
     Raises:
       UserError: no such file, an unknown format, a damaged or truncated file, or one that holds more than weights.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(
-            f"{path} is a directory: name the weight file in it (of a TensorFlow checkpoint the .index file); a "
-            "workdir of this library is what config.init and the commands take themselves."
-        )
     try:
         tree = _tree(path)
         return _flatten(path, tree)
@@ -91,6 +87,10 @@ def contents(path: str | os.PathLike) -> Contents:
 
 
 def _tree(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        from jax_densevit.pretrained import orbax_files  # imports for a second, and is seldom wanted
+
+        return orbax_files.load(path.absolute())
     if path.suffix == ".index" or (not path.exists() and Path(f"{path}.index").exists()):
         return tf_bundle.load(path if path.suffix == ".index" else Path(f"{path}.index"))
     with open(path, "rb") as file:
@@ -105,8 +105,8 @@ def _tree(path: Path) -> Mapping[str, Any]:
     if start[:1] == b"\x80":
         return torch_files.load_legacy(path)
     raise UserError(
-        f"{path} is in no known format; known are .npz, .safetensors, PyTorch's .pth, .pt and .bin, and TensorFlow 2's "
-        ".index (with its .data files beside it)."
+        f"{path} is in no known format; known are .npz, .safetensors, PyTorch's .pth, .pt and .bin, TensorFlow 2's "
+        ".index (with its .data files beside it), and Orbax's folders."
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jax_densevit.training.manifest import write_text
+from jax_densevit.manifest import write_text
 from jax_densevit.training.processes import from_process_0
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@
 arrays), `data`, `meta` (JSON) and a SHA-256 manifest of all their files. A step gets its name by one rename, after its
 manifest was written: a folder with a number for a name is complete, whatever happened to the process.
 
-This is the only file that imports Orbax (the classic interface of 0.12).
+This file and `pretrained/orbax_files.py` are the only ones that import Orbax (the classic interface of 0.12).
 """
 
 import logging
@@ -20,8 +20,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jax_densevit.errors import UserError
+from jax_densevit.manifest import find_damage, sync_folder, write_manifest
+from jax_densevit.pretrained.orbax_files import item_metadata, restore_item
 from jax_densevit.training.best import BestScores
-from jax_densevit.training.manifest import find_damage, sync_folder, write_manifest
 from jax_densevit.training.plain import from_plain, mismatches, to_plain
 from jax_densevit.training.processes import anywhere, from_process_0
 from jax_densevit.training.state import TrainState
@@ -365,10 +366,10 @@ class Checkpoints:
             places = (
                 None if shardings is None else _renamed(shardings, {"params": "params", "batch_stats": "statistics"})
             )
-            return _renamed(_restore_item(folder / "ema", places), {"params": "params", "statistics": "batch_stats"})
+            return _renamed(restore_item(folder / "ema", places), {"params": "params", "statistics": "batch_stats"})
         items = {"params": "params", "batch_stats": "statistics"}
         return {
-            name: _restore_item(folder / item, None if shardings is None else shardings[name])
+            name: restore_item(folder / item, None if shardings is None else shardings[name])
             for name, item in items.items()
             if (folder / item).is_dir()
         }
@@ -389,7 +390,7 @@ class Checkpoints:
         """Orbax casts dtypes without a word and describes the first difference only; we list them."""
         folder, problems = self.folder / str(step), []
         for name in _ITEMS:
-            stored = _metadata(folder / name) if (folder / name).is_dir() else {}
+            stored = item_metadata(folder / name) if (folder / name).is_dir() else {}
             problems += mismatches(name, stored, wanted.get(name, {}))
         if problems:
             problems.sort()
@@ -420,26 +421,6 @@ def _read(folder: Path, arguments: ocp.args.Composite) -> Any:
         return reader.restore(epath.Path(folder), args=arguments)
 
 
-def _restore_item(folder: Path, shardings: Any) -> Any:
-    """The tree of arrays in an item's folder, laid out as `shardings` say; NumPy arrays where they are None."""
-    stored = _metadata(folder)
-    if shardings is None:
-        how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-    else:
-        how = jax.tree.map(
-            lambda leaf, place: ocp.ArrayRestoreArgs(sharding=place, global_shape=leaf.shape, dtype=leaf.dtype),
-            stored,
-            shardings,
-        )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, jax.transfer_guard("allow"):
-        return reader.restore(epath.Path(folder), args=ocp.args.PyTreeRestore(item=stored, restore_args=how))
-
-
 def _renamed(tree: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """`tree` with its entries under their new names (old -> new)."""
     return {new: tree[old] for old, new in names.items() if old in tree}
-
-
-def _metadata(folder: Path) -> Any:
-    """A nested dict like the stored one, with leaves that have `shape` and `dtype`."""
-    return ocp.StandardCheckpointHandler().metadata(epath.Path(folder)).tree

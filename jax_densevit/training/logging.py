@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_densevit.errors import UserError
-from jax_densevit.training.manifest import write_text
+from jax_densevit.manifest import write_text
 
 log = logging.getLogger(__name__)
 

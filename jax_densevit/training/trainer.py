@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_densevit.errors import UserError
+from jax_densevit.manifest import write_text
 from jax_densevit.training.checkpoint import Checkpoints, local_folder
 from jax_densevit.training.evaluation import evaluate, save_evaluation
 from jax_densevit.training.hardware import peak_flops
 from jax_densevit.training.initial import take_over
 from jax_densevit.training.lock import WorkdirLock
 from jax_densevit.training.logging import RunLog
-from jax_densevit.training.manifest import write_text
 from jax_densevit.training.mesh import replicated
 from jax_densevit.training.meter import Meter
 from jax_densevit.training.parts import prepare

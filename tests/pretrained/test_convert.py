@@ -40,6 +40,10 @@ CASES = {
     "axial": ("axial", "axial", {**AXIAL, "positions": True}),
     "axial residual": ("axial", "axial", {**AXIAL, "reversible": False, "scan": True}),
     "uformer": ("uformer", "uformer", {**UFORMER, "modulator": True}),
+    "study unet": ("study", "unet", {"base": 2}),
+    "study dpt": ("study", "dpt", DPT),
+    "study axial": ("study", "axial", {**AXIAL, "head_kernel": 1}),
+    "study uformer": ("study", "uformer", UFORMER),
     "coltran colorizer": ("coltran", "coltran_colorizer", {**COLTRAN, "encoder_layers": 1}),
     "coltran color": ("coltran", "coltran_color_upsampler", {**COLTRAN, "num_layers": 2}),
     "coltran spatial": ("coltran", "coltran_spatial_upsampler", {**COLTRAN, "num_layers": 1}),
@@ -227,6 +231,8 @@ def test_layers_that_published_modules_never_call():
         ("dpt", ("pretrained.model.head.weight", "scratch.refinenet4.resConfUnit1.conv1.weight")),
         ("hf_dpt", ("dpt.layernorm.weight", "neck.fusion_stage.layers.0.residual_layer1.convolution1.weight")),
         ("uformer", ("encoderlayer_0.blocks.0.attn.relative_position_index",)),
+        ("study uformer", ("conv.blocks.0.attn.relative_position_index",)),
+        ("study dpt", ("pretrained.model.head.weight", "scratch.refinenet1.resConfUnit1.bn1.num_batches_tracked")),
     ):
         source, model, variables, tensors = sample(case)
         extra = {name: np.zeros(3, np.int64) for name in names}

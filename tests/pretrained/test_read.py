@@ -9,6 +9,7 @@ import zipfile
 
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from bundle_writer import write_bundle
 from safetensors.numpy import save_file
@@ -17,6 +18,8 @@ from torch_writer import Tensor, write_legacy, write_zip
 from jax_densevit.errors import UserError
 from jax_densevit.pretrained import contents, read
 from jax_densevit.pretrained.crc32c import crc32c
+from jax_densevit.training.checkpoint import Checkpoints
+from jax_densevit.training.state import TrainState
 
 RNG = np.random.default_rng(0)
 WRITERS = {"zip": write_zip, "legacy": write_legacy}
@@ -136,6 +139,35 @@ def test_tensorflow_itself_writes_such_bundles(tmp_path):
     want = {f"many/{i}/.ATTRIBUTES/VARIABLE_VALUE": variable.numpy() for i, variable in enumerate(many)}
     got = {name: array for name, array in got.items() if name != "save_counter/.ATTRIBUTES/VARIABLE_VALUE"}
     check(got, want | {"brain/.ATTRIBUTES/VARIABLE_VALUE": np.ones(3, ml_dtypes.bfloat16)})
+
+
+def test_orbax(tmp_path):
+    """A tree of its own, and a checkpoint of ours: one item, a step, a workdir, whose newest step is read."""
+    tree = {"layer": {"kernel": ARRAYS["weight"], "bias": ARRAYS["brain"]}, "step": np.array(3, np.int32)}
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+        writer.save(tmp_path / "tree", args=ocp.args.StandardSave(tree))
+    flat = {"layer.kernel": ARRAYS["weight"], "layer.bias": ARRAYS["brain"], "step": np.array(3, np.int32)}
+    check(read(tmp_path / "tree"), flat)
+    for step in (2, 10):
+        state = TrainState(step, {"w": np.full(3, step, np.float32)}, {"mean": np.ones(2, np.float32)}, None, {})
+        with Checkpoints(tmp_path / "run") as checkpoints:
+            checkpoints.save(step, state, {}, {"config": {}})
+    want = {"params.w": np.full(3, 10, np.float32), "statistics.mean": np.ones(2, np.float32)}
+    check(read(tmp_path / "run"), want)
+    check(read(tmp_path / "run/checkpoints/2"), {**want, "params.w": np.full(3, 2, np.float32)})
+    check(read(tmp_path / "run/checkpoints/10/params"), {"w": want["params.w"]})
+    file = max(
+        (tmp_path / "run/checkpoints/10/params/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().st_size
+    )
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    refuse(tmp_path / "run", "is damaged")
+    refuse(tmp_path / "run/checkpoints/10/params", "is damaged")
+    (tmp_path / "tree/_METADATA").write_text("{")
+    refuse(tmp_path / "tree", "damaged")
+    (tmp_path / "begun/checkpoints").mkdir(parents=True)
+    refuse(tmp_path / "begun", "holds no checkpoint")
 
 
 # ---- hostile and damaged files ---------------------------------------------------------------------------------------
@@ -377,7 +409,7 @@ def test_other_files(tmp_path):
     (tmp_path / "b.npz").write_bytes(b"")
     refuse(tmp_path / "b.npz", "in no known format")
     (tmp_path / "folder").mkdir()
-    refuse(tmp_path / "folder", "is a directory")
+    refuse(tmp_path / "folder", "is a directory without a checkpoint")
     refuse(write_zip(tmp_path / "c.pth", {"epoch": 3}), "holds no tensors")
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as file:
         file.writestr("readme.txt", "hello")

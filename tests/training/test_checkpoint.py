@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_training import TinyModel, Training, tiny_config
 
 from jax_densevit.errors import UserError
+from jax_densevit.manifest import find_damage
 from jax_densevit.training.checkpoint import Checkpoints
-from jax_densevit.training.manifest import find_damage
 from jax_densevit.training.mesh import make_mesh
 from jax_densevit.training.paths import named_leaves
 from jax_densevit.training.state import TrainState

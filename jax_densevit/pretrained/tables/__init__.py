@@ -1,6 +1,6 @@
 """Tables of names, one file per family: theirs, ours, and how the numbers lie."""
 
-from jax_densevit.pretrained.tables import coltran, convolutional, dpt, setr, vit
+from jax_densevit.pretrained.tables import coltran, convolutional, dpt, efficientnet_lite, setr, study, vit
 from jax_densevit.pretrained.tables.table import Source
 
 SOURCES: dict[str, Source] = {
@@ -15,5 +15,7 @@ SOURCES: dict[str, Source] = {
     "hf_dpt": dpt.HF_DPT,
     "unet": convolutional.UNET,
     "axial": convolutional.AXIAL,
+    "study": study.STUDY,
     "coltran": coltran.COLTRAN,
+    "efficientnet_lite": efficientnet_lite.EFFICIENTNET_LITE,
 }

@@ -7,7 +7,7 @@ from jax_densevit.models.uformer import Uformer
 from jax_densevit.models.unet import UNet
 from jax_densevit.pretrained.tables import layouts
 from jax_densevit.pretrained.tables.layouts import Layout
-from jax_densevit.pretrained.tables.table import BATCH_COUNTER, Row, Source, affine, conv_norm, norm, unwrap
+from jax_densevit.pretrained.tables.table import BATCH_COUNTER, UNIT, Row, Source, affine, conv_norm, norm, unwrap
 
 
 def _unet(model: Any) -> list[Row]:
@@ -109,6 +109,6 @@ def _axial(model: Any) -> list[Row]:
     return rows
 
 
-UNET = Source(_unet, (UNet,), unused=(BATCH_COUNTER, r"^mask_values"), prepare=unwrap)
-UFORMER = Source(_uformer_ffn, (Uformer,), unused=(r"relative_position_index$",), prepare=unwrap)
-AXIAL = Source(_axial, (Axial,), prepare=unwrap)
+UNET = Source(_unet, (UNet,), unused=(BATCH_COUNTER, r"^mask_values"), prepare=unwrap, normalisation=UNIT)
+UFORMER = Source(_uformer_ffn, (Uformer,), unused=(r"relative_position_index$",), prepare=unwrap, normalisation=UNIT)
+AXIAL = Source(_axial, (Axial,), prepare=unwrap, normalisation=UNIT)

@@ -5,7 +5,7 @@ from typing import Any
 from jax_densevit.errors import UserError
 from jax_densevit.models.dpt import Dpt
 from jax_densevit.pretrained.tables import layouts
-from jax_densevit.pretrained.tables.table import BATCH_COUNTER, Row, Source, affine, conv_norm, norm, unwrap
+from jax_densevit.pretrained.tables.table import BATCH_COUNTER, HALF, Row, Source, affine, conv_norm, norm, unwrap
 from jax_densevit.pretrained.tables.vit import hf_backbone, timm_backbone
 
 
@@ -74,6 +74,7 @@ DPT = Source(
     "setr",
     (BATCH_COUNTER, r"^pretrained\.model\.(head|norm|fc_norm)\.", r"^scratch\.refinenet4\.resConfUnit1\."),
     unwrap,
+    HALF,
 )
 HF_DPT = Source(
     _hf,
@@ -81,4 +82,5 @@ HF_DPT = Source(
     "hf",
     (BATCH_COUNTER, r"^dpt\.(layernorm|pooler)\.", r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."),
     unwrap,
+    HALF,
 )

@@ -5,7 +5,7 @@ from typing import Any
 from jax_densevit.errors import UserError
 from jax_densevit.models.setr import Setr
 from jax_densevit.pretrained.tables import layouts
-from jax_densevit.pretrained.tables.table import BATCH_COUNTER, Row, Source, affine, conv_norm, norm, unwrap
+from jax_densevit.pretrained.tables.table import BATCH_COUNTER, IMAGENET, Row, Source, affine, conv_norm, norm, unwrap
 from jax_densevit.pretrained.tables.vit import timm_backbone
 
 CONV_1X1 = layouts.CONV_1X1
@@ -88,5 +88,5 @@ def _mmseg(model: Any) -> list[Row]:
 
 # MLA's class token and its position are dropped before the first block.
 _UNUSED = (BATCH_COUNTER, r"^backbone\.norm\.", r"^backbone\.ln1\.", r"^backbone\.cls_token$")
-SETR = Source(_official, (Setr,), "setr", (*_UNUSED, r"(^|\.)conv_seg\."), unwrap)
-MMSEG_SETR = Source(_mmseg, (Setr,), "setr", _UNUSED, unwrap)
+SETR = Source(_official, (Setr,), "setr", (*_UNUSED, r"(^|\.)conv_seg\."), unwrap, IMAGENET)
+MMSEG_SETR = Source(_mmseg, (Setr,), "setr", _UNUSED, unwrap, IMAGENET)

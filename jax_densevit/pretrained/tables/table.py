@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_densevit.data.source import IMAGENET_MEAN, IMAGENET_STD
 from jax_densevit.pretrained.tables import layouts
 from jax_densevit.pretrained.tables.layouts import Layout
 
@@ -57,6 +58,8 @@ class Source:
       unused: regular expressions of their names that have no meaning here: buffers, and layers that the published
         modules own but never call.
       prepare: brings a file's names into the table's form; may fold arrays. Gets the tensors and the model.
+      normalisation: (mean, std) per channel of images in [0, 1] that the published models were trained with, where the
+        system has one; None where its input is no normalised picture.
     """
 
     rows: Callable[[Any], Sequence[Row]]
@@ -64,6 +67,12 @@ class Source:
     pos_rule: str = "setr"
     unused: tuple[str, ...] = ()
     prepare: Callable[[Tensors, Any], Tensors] = lambda tensors, model: tensors
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+HALF = (0.5,) * 3, (0.5,) * 3
+IMAGENET = IMAGENET_MEAN, IMAGENET_STD
+UNIT = (0.0,) * 3, (1.0,) * 3
 
 
 # What wraps a state dict in a file, and what a training state has beside it.

@@ -10,7 +10,7 @@ from jax_densevit.models.dpt import Dpt
 from jax_densevit.models.setr import Setr
 from jax_densevit.models.vit import ViT
 from jax_densevit.pretrained.tables import layouts
-from jax_densevit.pretrained.tables.table import Row, Source, Tensors, affine, norm, unwrap
+from jax_densevit.pretrained.tables.table import HALF, IMAGENET, Row, Source, Tensors, affine, norm, unwrap
 
 # What is a ViT or stands on one.
 WITH_BACKBONE = (ViT, Setr, Dpt)
@@ -156,7 +156,8 @@ def _prepare_npz(tensors: Tensors, model: Any) -> Tensors:
     return out
 
 
-VIT_NPZ = Source(_npz, WITH_BACKBONE, "google", prepare=_prepare_npz)
-TIMM_VIT = Source(_timm, WITH_BACKBONE, "timm", prepare=unwrap)
-DEIT = Source(_timm, WITH_BACKBONE, "hf", prepare=unwrap)  # its fine-tuning resizes by PyTorch's bicubic
-HF_VIT = Source(_hf, WITH_BACKBONE, "hf", unused=(r"(^|\.)pooler\.",), prepare=_prepare_hf)
+VIT_NPZ = Source(_npz, WITH_BACKBONE, "google", prepare=_prepare_npz, normalisation=HALF)
+TIMM_VIT = Source(_timm, WITH_BACKBONE, "timm", prepare=unwrap, normalisation=HALF)
+# DeiT's fine-tuning resizes by PyTorch's bicubic.
+DEIT = Source(_timm, WITH_BACKBONE, "hf", prepare=unwrap, normalisation=IMAGENET)
+HF_VIT = Source(_hf, WITH_BACKBONE, "hf", (r"(^|\.)pooler\.",), _prepare_hf, normalisation=HALF)
