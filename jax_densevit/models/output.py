@@ -1,4 +1,4 @@
-"""What models return: one struct for dense predictions, one for classes, two for pictures made of symbols."""
+"""What models return: one struct for dense predictions, one for objects, one for classes, two for symbols."""
 
 import flax.struct
 import jax
@@ -23,6 +23,32 @@ class DenseOutput:
 
     logits: jax.Array
     auxiliary: tuple[jax.Array, ...] = ()
+    features: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    covers: tuple[int, int] = flax.struct.field(pytree_node=False, default=(0, 0))
+
+
+@flax.struct.dataclass
+class QueryOutput:
+    """Predictions of a model that answers with a set of queries, each of them for one object or for none.
+
+    Attributes:
+      class_logits: `[B, Q, K+1]` float32, the last entry for "no object".
+      mask_logits: `[B, Q, h, w]` float32, at the head's own resolution; they stretch over `covers`, as those of
+        :class:`DenseOutput`. A logit of 0 is a probability of one half.
+      boxes: `[B, Q, 4]` float32 (cx, cy, w, h) in [0, 1] of the area `covers`, or None.
+      box_masks: `[B, Q, r, r]` float32 logits in the coordinates of `boxes`; `mask_logits` then is what they are when
+        pasted (:func:`~jax_densevit.layers.boxes.paste_masks`). None for other heads.
+      auxiliary: the same of earlier layers, first layer first, with `train=True` only; each without `auxiliary`.
+      features: arrays by name, filled by models that document them.
+      covers: (height, width) in pixels of the image area that masks and boxes stretch over, as in
+        :class:`DenseOutput`.
+    """
+
+    class_logits: jax.Array
+    mask_logits: jax.Array
+    boxes: jax.Array | None = None
+    box_masks: jax.Array | None = None
+    auxiliary: tuple["QueryOutput", ...] = ()
     features: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
     covers: tuple[int, int] = flax.struct.field(pytree_node=False, default=(0, 0))
 
