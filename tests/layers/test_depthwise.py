@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_densevit.layers.depthwise import DepthwiseConv, depthwise_3x3
+from jax_densevit.layers.depthwise import DepthwiseConv, depthwise, depthwise_3x3
 
 
 def grouped(x, kernel):
@@ -26,6 +26,20 @@ def test_equals_the_grouped_convolution(shape):
         results.append((y, *pull(g)))
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("size,stride", [(5, 1), (5, 2), (4, 3)])
+def test_other_kernels_and_strides(size, stride):
+    """Even and odd sides: where a stride leaves a border of another width on each side, the wider one comes last."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 1, 3)), jnp.float32)
+    for shape in ((2, 6, 9, 3), (1, 1, 2, 3)):
+        x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+        numbers = ("NHWC", "HWIO", "NHWC")
+        want = jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME", dimension_numbers=numbers, feature_group_count=3
+        )
+        np.testing.assert_allclose(jax.jit(depthwise, static_argnums=2)(x, kernel, stride), want, atol=1e-5)
 
 
 def test_half_precision_adds_in_float32():

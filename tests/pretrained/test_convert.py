@@ -21,6 +21,7 @@ SETR = {**VIT, "num_layers": 4, "num_classes": 3, "head_channels": 4}
 DPT = {**VIT, "num_layers": 4, "reassemble": (2, 3, 4, 5), "features": 4, "num_classes": 3}
 AXIAL = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_size": 12, "image_size": (8, 12)}
 UFORMER = {"base": 2, "heads": (1,) * 9, "depths": (1,) * 9, "window": 4}
+LITE = {"widths": (3, 4, 5, 6, 7, 8, 9), "repeats": (1, 1, 2, 1, 1, 1, 1), "stem_width": 4, "head_width": 8}
 COLTRAN = {"image_size": (3, 4), "hidden_size": 8, "mlp_size": 12, "num_heads": 2}
 CASES = {
     "vit_npz": ("vit_npz", "vit", {**VIT, "num_classes": 5}),
@@ -44,6 +45,7 @@ CASES = {
     "study dpt": ("study", "dpt", DPT),
     "study axial": ("study", "axial", {**AXIAL, "head_kernel": 1}),
     "study uformer": ("study", "uformer", UFORMER),
+    "efficientnet_lite": ("efficientnet_lite", "efficientnet_lite", LITE),
     "coltran colorizer": ("coltran", "coltran_colorizer", {**COLTRAN, "encoder_layers": 1}),
     "coltran color": ("coltran", "coltran_color_upsampler", {**COLTRAN, "num_layers": 2}),
     "coltran spatial": ("coltran", "coltran_spatial_upsampler", {**COLTRAN, "num_layers": 1}),

