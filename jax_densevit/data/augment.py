@@ -1,7 +1,7 @@
 """Augmentation on the device: flips, right-angle rotations and photometric distortion of fixed-size uint8 batches.
 
 Everything an example goes through is drawn from its own seed, so its result does not depend on the batch, the device or
-the host it is in. Labels and instances follow the image's geometry and are never interpolated.
+the host it is in. Labels and other maps follow the image's geometry and are never interpolated.
 
 The photometric distortion is that of SSD (Liu et al., ECCV 2016) as SETR and MMSegmentation use it, on uint8 with
 OpenCV's integer arithmetic: every step clips and drops to whole numbers before the next one begins.
@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_densevit.data.source import MAPS
 from jax_densevit.errors import UserError
 
 Batch = dict[str, Any]
 BRIGHTNESS = 32.0  # largest shift of the values 0..255
 CONTRAST = SATURATION = (0.5, 1.5)
 HUE = 18  # steps of two degrees, OpenCV's unit of hue: -18 .. 17
-_GEOMETRIC = ("image", "labels", "instances")
+_GEOMETRIC = ("image", *MAPS)
 
 
 def augment(
@@ -28,9 +29,9 @@ def augment(
     """Augments a batch; runs inside `jit`.
 
     Args:
-      batch: "image" uint8 [B, H, W, 3], "seed" uint32 [B, 2]; "labels", "instances" [B, H, W] follow the image; "size"
-        int32 [B, 2], the height and width before padding at the bottom and on the right, keeps distortion out of the
-        padding, and padding where it is. Other entries pass through.
+      batch: "image" uint8 [B, H, W, 3], "seed" uint32 [B, 2]; "labels" and other maps [B, H, W] follow the image;
+        "size" int32 [B, 2], the height and width before padding at the bottom and on the right, keeps distortion out of
+        the padding, and padding where it is. Other entries pass through.
       flip, vertical_flip: the probability of a mirror image, left-right and upside-down.
       rotate90: turn by 0, 90, 180 or 270 degrees, each as likely.
       photometric: distort brightness, contrast, saturation and hue.

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from jax_densevit.data.order import scalar_hash
-from jax_densevit.data.source import IGNORE, Example
+from jax_densevit.data.source import IGNORE, MAPS, Example, padding_of
 
 TRIES = 10  # crops that are judged before the next one is taken as it comes
 _CROP = 0x63726F70
@@ -100,7 +100,7 @@ class RandomCrop:
           out: arrays to write the results into, by name; those it lacks are made and entered.
 
         Returns:
-          `out`: "labels" and "instances" (if the example has them), cropped and padded; "size" int32 [2], the height
+          `out`: "labels" and other maps (if the example has them), cropped and padded; "size" int32 [2], the height
           and width that are not padding; and "image": the crop, padded, if nothing was to be resized, otherwise the
           pixels that :func:`resample` needs, float32, with "box" float32 [4]: the row and column of the first sample
           and of the last, as fractions of the way from the first pixel's centre to the last one's.
@@ -117,9 +117,10 @@ class RandomCrop:
         _enter(out, "size", (height, width), np.int32)
         if labels is not None:
             out["labels"] = pad(labels, self.crop, self.ignore, out.get("labels"))
-        if "instances" in example:
-            instances = nearest(example["instances"], scaled, window)
-            out["instances"] = pad(instances, self.crop, 0, out.get("instances"))
+        for name in MAPS:
+            if name in example and name != "labels":
+                seen = nearest(example[name], scaled, window)
+                out[name] = pad(seen, self.crop, padding_of(name, self.ignore), out.get(name))
         if self.box == (0, 0):
             out["image"] = pad(image[y : y + height, x : x + width], self.crop, self.fill, out.get("image"))
             return out

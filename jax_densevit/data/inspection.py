@@ -14,7 +14,7 @@ from jax_densevit.data.diagnosis import Value, count_values, describe, explain_u
 from jax_densevit.data.folder_source import JPEG_ADVICE, FolderSource
 from jax_densevit.data.label_maps import UNKNOWN
 from jax_densevit.data.raw import RawSource
-from jax_densevit.data.source import DataInfo, Source
+from jax_densevit.data.source import CROWD, DataInfo, Source
 from jax_densevit.errors import UserError
 
 SHOWN = 5  # files named per finding; the JSON has all
@@ -222,8 +222,8 @@ def _look(source: Source, index: int) -> _Seen:
         seen.counts = count_values(labels)
     if instances is not None:
         numbers = np.unique(instances)
-        void = getattr(source, "ignore_instance", None)
-        seen.objects = int(np.count_nonzero((numbers > 0) & (numbers != (-1 if void is None else void))))
+        crowd = getattr(source, "crowd", None)
+        seen.objects = int(np.count_nonzero((numbers > 0) & (numbers < CROWD) & (numbers != crowd)))
     return seen
 
 

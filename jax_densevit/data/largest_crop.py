@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_densevit.data.crops import nearest, uniforms
-from jax_densevit.data.source import Example, Source
+from jax_densevit.data.source import MAPS, Example, Source
 from jax_densevit.errors import UserError
 from jax_densevit.layers.resize import largest_window, resize_area
 
@@ -81,7 +81,7 @@ def shrunk(
     """The arrays of an example in the window of (height, width) `window` from (row, column) `start`, at size `crop`."""
     rows, columns = (slice(first, first + part) for first, part in zip(start, window, strict=True))
     arrays = {"image": resize_area(example["image"][rows, columns], crop).astype(np.uint8)}
-    for name in ("labels", "instances"):
+    for name in MAPS:
         if name in example:
             arrays[name] = nearest(example[name][rows, columns], crop, (0, 0, *crop))
     return arrays

@@ -20,7 +20,7 @@ from jax_densevit.data import order
 from jax_densevit.data.crops import RandomCrop, aligned_empty
 from jax_densevit.data.feeders import tensorflow_feed, threads_feed
 from jax_densevit.data.largest_crop import LargestRandomCrop
-from jax_densevit.data.source import Example, Source
+from jax_densevit.data.source import MAPS, Example, Source, padding_of
 from jax_densevit.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -65,9 +65,9 @@ def train_stream(
         TensorFlow resizes, and threads cost less.
 
     Returns:
-      An iterator of dicts of NumPy arrays: "image" uint8 [b, h, w, 3]; "labels" uint8 [b, h, w] and "instances" uint16
-      [b, h, w] if the source has them; "size" int32 [b, 2], the height and width before padding, if `crop` is given;
-      "seed" uint32 [b, 2]; "index" int32 [b]. It has `close()` and `bad`, the number of files skipped so far.
+      An iterator of dicts of NumPy arrays: "image" uint8 [b, h, w, 3]; "labels" uint8 [b, h, w] and the
+      other `source.MAPS` that the source has; "size" int32 [b, 2], the height and width before padding, if `crop` is
+      given; "seed" uint32 [b, 2]; "index" int32 [b]. It has `close()` and `bad`, the number of files skipped so far.
 
     Raises:
       UserError: from here or from the iterator, in one sentence, whatever thread found the reason.
@@ -192,7 +192,7 @@ class Reader:
         self.crop: RandomCrop | LargestRandomCrop | None = None
         self.failures: dict[int, Exception] = {}
         first = self._first_example()
-        self.names = [name for name in ("image", "labels", "instances") if name in first]
+        self.names = [name for name in ("image", *MAPS) if name in first]
         self.first_id, self.first_size = first["id"], first["image"].shape[:2]
         self._logged: set[int] = set()
 
@@ -227,8 +227,8 @@ class Reader:
         When examples are to be resized, "image" is not among them: its size is known only when it is read.
         """
         height, width = self.crop.crop if self.crop else self.first_size
-        shapes = {"image": ((height, width, 3), np.uint8), "labels": ((height, width), np.uint8)}
-        shapes |= {"instances": ((height, width), np.uint16), "size": ((2,), np.int32), "box": ((4,), np.float32)}
+        shapes = {"image": ((height, width, 3), np.uint8), "size": ((2,), np.int32), "box": ((4,), np.float32)}
+        shapes |= {name: ((height, width), dtype) for name, dtype in MAPS.items()}
         names = [name for name in self.names if not (self.resizes and name == "image")]
         extra = ["size", "box"] if self.resizes else ["size"] if self.crop else []
         batch = {name: aligned_empty((count, *shapes[name][0]), shapes[name][1]) for name in [*names, *extra]}
@@ -340,7 +340,7 @@ def evaluation_stream(
     """This host's rows of every planned batch, once.
 
     Yields:
-      "image" uint8 [b, H, W, 3], "labels" uint8 [b, H, W] and "instances" uint16 [b, H, W] if the source has them,
+      "image" uint8 [b, H, W, 3], "labels" uint8 [b, H, W] and other maps (`source.MAPS`) if the source has them,
       "mask" bool [b], False where the batch is only filled up (black, all ignored), "index" int32 [b], -1 there.
 
     Raises:
@@ -351,13 +351,15 @@ def evaluation_stream(
         return
     rows = order.host_rows(len(plan[0].indices), process_index, process_count)
     first = source.read(plan[0].indices[0])
-    names = [name for name in ("image", "labels", "instances") if name in first]
-    values = {"image": 0, "labels": source.info.ignore, "instances": 0}
+    names = [name for name in ("image", *MAPS) if name in first]
 
     def read(index: int, size: tuple[int, int]) -> Example:
         if index < 0:
             return {
-                name: np.full_like(first[name], values[name], shape=(*size, *first[name].shape[2:])) for name in names
+                name: np.full_like(
+                    first[name], padding_of(name, source.info.ignore), shape=(*size, *first[name].shape[2:])
+                )
+                for name in names
             }
         example = source.read(index)
         check_fit(example, names, size)

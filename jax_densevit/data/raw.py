@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_densevit.data.diagnosis import count_values
 from jax_densevit.data.label_maps import LabelMap, gray_of
-from jax_densevit.data.source import DataInfo, Example
+from jax_densevit.data.source import CROWD, DataInfo, Example
 from jax_densevit.errors import UserError
 
 _inspecting = contextvars.ContextVar("inspecting", default=False)
@@ -74,13 +74,13 @@ class RawSource(abc.ABC):
     Args:
       info: facts about the data.
       label_map: what the mask values mean.
-      ignore_instance: the object number that marks crowds or void, turned into 0 ("none"); None: there is none.
+      crowd: the object number that marks crowds in the files, turned into `source.CROWD`; None: there is none.
     """
 
-    def __init__(self, info: DataInfo, label_map: LabelMap, ignore_instance: int | None = None):
+    def __init__(self, info: DataInfo, label_map: LabelMap, crowd: int | None = None):
         self.info = info
         self.label_map = label_map
-        self.ignore_instance = ignore_instance
+        self.crowd = crowd
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -105,8 +105,8 @@ class RawSource(abc.ABC):
             if instances.ndim != 2:
                 raise UserError(f"{raw.labels_name} is in color; object numbers must be 8 or 16-bit gray PNG.")
             instances = instances.astype(np.uint16)
-            if self.ignore_instance is not None:
-                instances[instances == self.ignore_instance] = 0
+            if self.crowd is not None:
+                instances[instances == self.crowd] = CROWD
             example["instances"] = instances
         return example
 

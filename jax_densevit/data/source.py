@@ -9,6 +9,7 @@ import numpy as np
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IGNORE = 255
+CROWD = 60_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class DataInfo:
       mean, std: per-channel normalisation of images in [0, 1].
       stretch: (low, high) percentiles between which the contrast of every image is stretched when its file is read,
         here and in prediction (:func:`~jax_densevit.data.images.stretch_contrast`); empty = images as they are.
+      things: names of the classes whose objects are numbered; the others are stuff. Empty = nobody said.
     """
 
     name: str
@@ -32,6 +34,7 @@ class DataInfo:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     stretch: tuple[float, ...] = ()
+    things: tuple[str, ...] = ()
 
     def to_json(self) -> dict:
         """A JSON-ready dict; :meth:`from_json` inverts it."""
@@ -41,8 +44,8 @@ class DataInfo:
     def from_json(cls, values: dict) -> "DataInfo":
         """The inverse of :meth:`to_json`."""
         values = dict(values)
-        for key in ("classes", "mean", "std", "stretch"):
-            values[key] = tuple(values.get(key, ()))  # sets of earlier versions have no stretch
+        for key in ("classes", "mean", "std", "stretch", "things"):
+            values[key] = tuple(values.get(key, ()))  # sets of earlier versions lack the last two
         values["palette"] = tuple(tuple(color) for color in values["palette"])
         return cls(**values)
 
@@ -50,9 +53,31 @@ class DataInfo:
 # One example, as `read` returns it:
 #   "image"      uint8 [H, W, 3], upright
 #   "labels"     uint8 [H, W], class ids, 255 = ignore (absent in sources without labels)
-#   "instances"  uint16 [H, W], 0 = none (only in sources that have instances)
+#   "instances"  uint16 [H, W], object numbers (only in sources that have instances), see below
+#   "amodal"     uint16 [H, W], bit n - 1 is set where object n is, seen or hidden (only in sources that know, of at
+#                most 16 objects); "instances" then say who is seen. An object of which nothing is seen has no class.
 #   "id"         str, unique in the source: the file name, or a generated name
+#
+# Objects. A pixel's class is its label, always; its number says which object of that class it is:
+#   1 .. CROWD - 1   one object per number, of the class that most of its pixels have; numbers need not be adjacent
+#   CROWD ..         crowds: groups of objects that nobody told apart, of the class that their labels say
+#   0                no object: background, all pixels of a class of stuff (which are one segment), and pixels of things
+#                    that nobody numbered, which are a crowd as well
+# Where the label is 255 nothing is known, whatever the number: neither learned nor scored, of any class.
 Example = dict[str, np.ndarray | str]
+
+# The maps [H, W] among them, which follow the image's geometry and are never interpolated.
+MAPS = {"labels": np.uint8, "instances": np.uint16, "amodal": np.uint16}
+
+
+def padding_of(name: str, ignore: int) -> int:
+    """The value of the map `name` beside an image, where `ignore` is the ignored label."""
+    return ignore if name == "labels" else 0
+
+
+def is_crowd(instances):
+    """Which pixels of a class of things belong to a crowd: integers `[..., H, W]` of NumPy or JAX -> bool."""
+    return (instances == 0) | (instances >= CROWD)
 
 
 class Source(Protocol):

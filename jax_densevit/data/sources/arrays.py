@@ -1,7 +1,7 @@
 """Sets prepared once at a fixed size: memory-mapped arrays that need neither decoding nor TensorFlow.
 
 A prepared folder holds `image.npy` uint8 [N, H, W, 3], `labels.npy` uint8 [N, H, W] and `instances.npy` uint16
-[N, H, W] (where the set has them), and `info.json` with the facts about the data and the examples' ids.
+[N, H, W] (where the set has them, as other maps), and `info.json` with the facts about the data and the examples' ids.
 """
 
 import json
@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 
 from jax_densevit.data.crops import nearest, pad
-from jax_densevit.data.source import DataInfo, Example, Source
+from jax_densevit.data.source import MAPS, DataInfo, Example, Source, padding_of
 from jax_densevit.data.sources.registry import register_source
 from jax_densevit.errors import UserError
 
 FORMAT = 1
-DTYPES = {"image": np.uint8, "labels": np.uint8, "instances": np.uint16}
+DTYPES = {"image": np.uint8, **MAPS}
 FITS = ("pad", "crop")
 
 
@@ -198,7 +198,7 @@ def fit_example(example: Example, size: tuple[int, int], fit: str, info: DataInf
         image = np.asarray(Image.fromarray(image).resize(scaled[::-1], Image.Resampling.BILINEAR))
     fill = [int(255 * m + 0.5) for m in info.mean]
     result = {"image": pad(image[y : y + window[2], x : x + window[3]], size, fill)}
-    for name, value in (("labels", info.ignore), ("instances", 0)):
+    for name in MAPS:
         if name in example:
-            result[name] = pad(nearest(example[name], scaled, window), size, value)
+            result[name] = pad(nearest(example[name], scaled, window), size, padding_of(name, info.ignore))
     return result
