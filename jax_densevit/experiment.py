@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import jax_densevit
 from jax_densevit.configuration import check_config, config_from_json
 from jax_densevit.data.augment import augment as augment_batch
+from jax_densevit.data.augment import normalise
 from jax_densevit.data.pipeline import TrainStream, train_stream
 from jax_densevit.data.source import DataInfo, Source
 from jax_densevit.data.sources import create_source
@@ -100,7 +102,7 @@ class Experiment:
         return {
             "config": self.config.to_dict(),
             "info": self.info.to_json(),
-            "model_options": _model_options(self.config, self.task),
+            "model_options": model_options(self.config, self.task),
             "versions": versions(),
         }
 
@@ -127,25 +129,31 @@ def stream_of(config: ConfigDict, source: Source, start_step: int = 0) -> TrainS
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A trained model, ready to use: `task.decode(loaded.forward, batch)`.
+    """A trained model, ready to use: `loaded.forward(*loaded.inputs(images))`, or `task.decode(loaded.forward, batch)`.
 
     Attributes:
       model: the Flax module.
       variables: {"params": ..., "batch_stats": ...} (the moving average of the parameters where one was kept).
-      task: decoding, metrics and pictures; `task.inputs` normalises as in training.
+      task: decoding, metrics and pictures; None for a weight file that was loaded without a config.
       info: facts about the data it was trained on.
-      config: the config it was trained with.
-      step: the step it was saved at.
+      config: the config it was trained with; None as above.
+      step: the step it was saved at; 0 for a weight file.
       forward: jitted `forward(*inputs) -> output` in evaluation mode, parameters bound.
     """
 
     model: Any
     variables: dict[str, Any]
-    task: Task
+    task: Task | None
     info: DataInfo
-    config: ConfigDict
+    config: ConfigDict | None
     step: int
     forward: Callable[..., Any]
+
+    def inputs(self, images: Any) -> tuple[Any, ...]:
+        """What the model is called with, from images uint8 `[B, H, W, 3]`: normalised, or made gray, as in training."""
+        if self.task is None:
+            return (normalise(jnp.asarray(images), self.info.mean, self.info.std),)
+        return self.task.inputs({"image": jnp.asarray(images)})
 
 
 def versions() -> dict[str, str]:
@@ -176,7 +184,7 @@ def build(config: ConfigDict, devices: list | None = None) -> Experiment:
     check_config(config)
     source = _source(config.data.train, "data.train")
     info = source.info
-    task = _task(config, info)
+    task = make_task(config, info)
     mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
     check_batch_size(config.batch_size, mesh, config.accumulate)
     steps = config.steps
@@ -199,7 +207,7 @@ def build(config: ConfigDict, devices: list | None = None) -> Experiment:
         config=config,
         info=info,
         source=source,
-        model=create_model(**_model_options(config, task)),
+        model=create_model(**model_options(config, task)),
         task=task,
         mesh=mesh,
         steps=steps,
@@ -230,7 +238,7 @@ def build_evaluators(config: ConfigDict, info: DataInfo, names: tuple[str, ...] 
             Evaluator(
                 name=name,
                 source=source,
-                task=_task(config, info, options.decode.to_dict()),
+                task=make_task(config, info, options.decode.to_dict()),
                 every=options.every,
                 batch_size=options.batch_size or config.batch_size,
                 limit=options.limit,
@@ -268,11 +276,25 @@ def load(
         )
     config = config_from_json(meta["config"])
     info = DataInfo.from_json(meta["info"])
-    task = _task(config, info, decode)
+    task = make_task(config, info, decode)
     model = create_model(**meta["model_options"])
-    which = ("ema" if config.ema else "params") if which == "best" else which
+    if which == "best":
+        which = "ema" if (checkpoints.folder / str(step) / "ema").is_dir() else "params"
+    return make_ready(model, checkpoints.restore_variables(step, which), task, info, config, step, mesh)
+
+
+def make_ready(
+    model: Any,
+    variables: dict[str, Any],
+    task: Task | None,
+    info: DataInfo,
+    config: ConfigDict | None,
+    step: int,
+    mesh: Mesh | None = None,
+) -> Loaded:
+    """A model with its variables on the devices of `mesh` (the first device where there is none), ready to use."""
     place = replicated(mesh) if mesh is not None else jax.local_devices()[0]
-    variables = jax.device_put(checkpoints.restore_variables(step, which), place)
+    variables = jax.device_put(variables, place)
     apply = jax.jit(lambda variables, *inputs: model.apply(variables, *inputs, train=False))
 
     def forward(*inputs):
@@ -292,12 +314,14 @@ def _source(options: ConfigDict, where: str) -> Source:
     return source
 
 
-def _task(config: ConfigDict, info: DataInfo, decode: dict | None = None) -> Task:
+def make_task(config: ConfigDict, info: DataInfo, decode: dict | None = None) -> Task:
+    """The config's task for data described by `info`; `decode` overrides options."""
     options = {**config.task.to_dict(), **(decode or {})}
     return create_task(options.pop("name"), info, **options)
 
 
-def _model_options(config: ConfigDict, task: Task) -> dict[str, Any]:
+def model_options(config: ConfigDict, task: Task) -> dict[str, Any]:
+    """What `create_model` gets: the config's options, and the task's number of outputs where the model has classes."""
     options = config.model.to_dict()
     if not options["name"]:
         raise UserError("config.model.name is empty: name a model there; `python -m jax_densevit.models` lists them.")

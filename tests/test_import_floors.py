@@ -24,6 +24,7 @@ FLOORS = {
     "training": 4,
     "configuration": 5,
     "experiment": 5,
+    "published": 5,
     "studies": 6,
 }
 TOP = 7

@@ -34,6 +34,7 @@ class Report:
       unexpected: names of the file that the model has no place for.
       unused: names of the file that have no meaning here: buffers, and layers that the published module never calls.
       left_out: what `leave_out` named, paths of ours and names of the file.
+      drawn: those of ours among them, whose values are drawn anew.
       resized: sentences about position tables.
     """
 
@@ -44,6 +45,7 @@ class Report:
     unexpected: tuple[str, ...]
     unused: tuple[str, ...]
     left_out: tuple[str, ...]
+    drawn: tuple[str, ...]
     resized: tuple[str, ...]
 
     @property
@@ -141,21 +143,39 @@ def check(
     return _match(tensors, source, model, leave_out, pos_rule)[0]
 
 
-def restore_names(variables: Mapping[str, Any], source: str, model: Any) -> dict[str, np.ndarray]:
+def restore_names(
+    variables: Mapping[str, Any], source: str, model: Any, *, leave_out: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """The inverse of `convert`: our variables under the names and in the layout of `source`, bit for bit.
 
     What `Report.unused` lists is not part of it, having no place in our model. Of `vit_npz` the names are those of the
     released files.
+
+    Args:
+      leave_out: regular expressions over our paths: what matches stays behind, such as the decoder where the file shall
+        be one of a plain ViT.
+
+    Raises:
+      UserError: an array that files of `source` have no name for and that is not left out; a source for other models.
     """
     table, plain = _source(source, model), _plain(model)
     flat = _flat({**variables, "params": unstack_blocks(variables["params"])})
     rows, out = table.rows(plain), {}
+    left, nameless = _left_out(leave_out, _shapes(plain)), []
     for path in _shapes(plain):
+        if path in left:
+            continue
         row, names = _row(rows, path)
         if row is None:
-            raise UserError(f"Files of source {source!r} have no name for {path}.")
+            nameless.append(path)
+            continue
         pieces = row.layout.theirs(np.asarray(flat[path]))
         out |= {name: np.ascontiguousarray(piece) for name, piece in zip(names, pieces, strict=True)}
+    if nameless:
+        raise UserError(
+            f"Files of source {source!r} have no name for {len(nameless)} arrays of this {type(model).__name__} "
+            f"({_names(nameless)}); name in leave_out what may stay behind, or take another source."
+        )
     return out
 
 
@@ -224,6 +244,7 @@ def _match(tensors, source, model, leave_out, pos_rule):
         unexpected=tuple(name for name in rest if name not in unused),
         unused=tuple(unused),
         left_out=tuple(sorted(left)),
+        drawn=tuple(path for path in shapes if path in left),
         resized=tuple(resized),
     )
     return report, arrays
@@ -275,7 +296,7 @@ def _plain(model: Any) -> Any:
 
 
 def _inputs(model: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-    size = getattr(model, "image_size", 64)
+    size = getattr(model, "image_size", 96)  # one that every model takes
     return example_inputs(model, (size, size) if isinstance(size, int) else tuple(size))
 
 

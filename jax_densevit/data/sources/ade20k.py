@@ -10,10 +10,11 @@ from jax_densevit.data.source import DataInfo
 from jax_densevit.data.sources.registry import register_source
 from jax_densevit.errors import UserError, did_you_mean
 
+INFO = DataInfo("ade20k", ADE20K_CLASSES, ADE20K_PALETTE)
 FOLDERS = {"train": "training", "val": "validation"}
 
 
-@register_source("ade20k")
+@register_source("ade20k", lambda: INFO)
 def ade20k(root: str, split: str) -> FolderSource:
     """ADE20K, 150 classes: 20,210 train and 2,000 val images of many sizes.
 
@@ -28,4 +29,4 @@ def ade20k(root: str, split: str) -> FolderSource:
     folder = FOLDERS[split]
     pairing = pair_by_name(list_images(Path(root, "images", folder)), list_images(Path(root, "annotations", folder)))
     label_map = LabelMap(ADE20K_CLASSES, reduce_zero_label=True, ignore=255)
-    return FolderSource(DataInfo("ade20k", ADE20K_CLASSES, ADE20K_PALETTE), pairing, label_map)
+    return FolderSource(INFO, pairing, label_map)

@@ -26,12 +26,14 @@ def cityscapes_label_map(ids: str) -> LabelMap:
     return LabelMap(CITYSCAPES_CLASSES, ignore=255, palette=CITYSCAPES_PALETTE)
 
 
-def cityscapes_info() -> DataInfo:
-    """The facts about Cityscapes with its 19 evaluated classes."""
+def cityscapes_info(all_classes: bool = False) -> DataInfo:
+    """The facts about Cityscapes with its 19 evaluated classes, or with all of its ids."""
+    if all_classes:
+        return DataInfo("cityscapes", CITYSCAPES_ALL_CLASSES, CITYSCAPES_ALL_PALETTE)
     return DataInfo("cityscapes", CITYSCAPES_CLASSES, CITYSCAPES_PALETTE)
 
 
-@register_source("cityscapes")
+@register_source("cityscapes", cityscapes_info)
 def cityscapes(
     root: str,
     split: str,
@@ -72,6 +74,5 @@ def cityscapes(
     pairing = pair_by_name(images, list_images(folder, f"_{kind}_{ids}.png"))
     if all_classes:
         labels = LabelMap(CITYSCAPES_ALL_CLASSES, ignore=255, palette=CITYSCAPES_ALL_PALETTE)
-        info = DataInfo("cityscapes", CITYSCAPES_ALL_CLASSES, CITYSCAPES_ALL_PALETTE)
-        return FolderSource(info, pairing, labels, resize=size)
+        return FolderSource(cityscapes_info(all_classes), pairing, labels, resize=size)
     return FolderSource(cityscapes_info(), pairing, cityscapes_label_map(ids), resize=size)

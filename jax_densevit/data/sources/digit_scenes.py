@@ -22,13 +22,14 @@ PALETTE = (
     (191, 239, 69),
     (250, 190, 212),
 )
+INFO = DataInfo("digit_scenes", CLASSES, PALETTE, mean=(0.5,) * 3, std=(0.5,) * 3)
 STYLES = ("color", "plain", "wild")
 LENGTHS = {"train": 60_000, "val": 1_000, "test": 1_000}
 
 _TRIES = 30  # places tried for one digit before the whole scene is laid out anew
 
 
-@register_source("digit_scenes")
+@register_source("digit_scenes", lambda: INFO)
 class DigitScenes:
     """Scattered handwritten digits with semantic labels (0 background, 1..10 the digits 0..9) and instances (1..n).
 
@@ -87,7 +88,7 @@ class DigitScenes:
                 f"digit_scenes: {digits[1]} digits of {scale[0]} pixels do not fit side by side into {tuple(size)}; "
                 "lower digits or scale, raise size, or set overlap='allowed'."
             )
-        self.info = DataInfo("digit_scenes", CLASSES, PALETTE, mean=(0.5,) * 3, std=(0.5,) * 3)
+        self.info = INFO
         self.split, self.seed, self.style, self.overlap = split, int(seed), style, overlap
         self.scene_size = (int(size[0]), int(size[1]))
         self.digits, self.scale, self.rotation = tuple(digits), tuple(scale), float(rotation)

@@ -24,6 +24,7 @@ from jax_densevit.data.sources.registry import register_source
 from jax_densevit.errors import UserError, check_name
 
 _LOG = logging.getLogger(__name__)
+INFO = DataInfo("hypersim", NYU40_CLASSES, NYU40_PALETTE)
 SPLITS = ("train", "val", "test")
 SPLIT_LIST = "metadata_images_split_scene_v1.csv"  # of the repository apple/ml-hypersim, evermotion_dataset/analysis
 _COLUMNS = ("scene_name", "camera_name", "frame_id", "included_in_public_release", "split_partition_name")
@@ -36,7 +37,7 @@ IMAGES = {
 SEMANTIC = "geometry_hdf5/frame.{frame}.semantic.hdf5"
 
 
-@register_source("hypersim")
+@register_source("hypersim", lambda: INFO)
 class Hypersim(RawSource):
     """Hypersim, 40 classes of NYU40, pixels without one ignored: 59,543 train, 7,386 val and 7,690 test frames.
 
@@ -72,7 +73,7 @@ class Hypersim(RawSource):
         check_name("choice for missing frames", missing, ("fail", "skip"))
         _h5py()
         super().__init__(
-            DataInfo("hypersim", NYU40_CLASSES, NYU40_PALETTE),
+            INFO,
             LabelMap(NYU40_CLASSES, reduce_zero_label=True, ignore=255),
         )
         self.root, self.resize, self._files = Path(root), check_resize("hypersim", size), IMAGES[image]

@@ -10,7 +10,17 @@ from jax_densevit.data.source import IMAGENET_MEAN, IMAGENET_STD, DataInfo
 from jax_densevit.data.sources.registry import register_source
 
 
-@register_source("instance_folder")
+def _facts(
+    root: str,
+    classes: tuple[str, ...] = ("background", "object"),
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    stretch: tuple[float, ...] = (),
+) -> DataInfo:
+    return DataInfo(Path(root).name, tuple(classes), mean=tuple(mean), std=tuple(std), stretch=tuple(stretch))
+
+
+@register_source("instance_folder", _facts)
 def instance_folder(
     root: str,
     split: str,
@@ -28,7 +38,7 @@ def instance_folder(
       classes: class names in label order; without `semantic` two: what 0 is, and what every object is.
       semantic: name of the folder beside `instances` with masks of class ids; empty makes the labels from the
         instances: 0 where there is none, 1 where there is one.
-      ignore_instance: the number that marks crowds: no instance, and without `semantic` ignored as a label.
+      ignore_instance: the number that marks crowds, see `data.source.CROWD`; without `semantic` ignored as a label.
       mean, std: normalisation of images in [0, 1].
       stretch: percentiles (low, high) of every image and channel that become black and white, e.g. (0.1, 99.9) where
         exposure and stain differ from picture to picture; empty leaves images as they are.
@@ -46,5 +56,5 @@ def instance_folder(
     )
     numbered = pair_by_name(images, instances) if semantic else labelled
     problems = tuple(dict.fromkeys((*labelled.problems, *numbered.problems)))
-    info = DataInfo(Path(root).name, label_map.classes, mean=tuple(mean), std=tuple(std), stretch=tuple(stretch))
-    return FolderSource(info, Pairing(pairs, problems), label_map, ignore_instance=ignore_instance)
+    info = _facts(root, label_map.classes, mean, std, stretch)
+    return FolderSource(info, Pairing(pairs, problems), label_map, crowd=ignore_instance)

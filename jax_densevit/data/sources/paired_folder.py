@@ -10,7 +10,21 @@ from jax_densevit.data.source import IMAGENET_MEAN, IMAGENET_STD, DataInfo
 from jax_densevit.data.sources.registry import register_source
 
 
-@register_source("paired_folder")
+def _facts(
+    images: str,
+    classes: Iterable[str],
+    palette: Iterable = (),
+    name: str = "",
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> DataInfo:
+    colors = tuple(tuple(color) for color in palette)
+    return DataInfo(
+        name or Path(images).resolve().parent.name, tuple(classes), colors, mean=tuple(mean), std=tuple(std)
+    )
+
+
+@register_source("paired_folder", _facts)
 def paired_folder(
     images: str,
     labels: str,
@@ -56,11 +70,5 @@ def paired_folder(
     )
     found = list_images(images, image_suffix), list_images(labels, label_suffix)
     pairing = pair_by_list(list_file, *found) if list_file else pair_by_name(*found)
-    info = DataInfo(
-        name or Path(images).resolve().parent.name,
-        label_map.classes,
-        label_map.palette,
-        mean=tuple(mean),
-        std=tuple(std),
-    )
+    info = _facts(images, label_map.classes, label_map.palette, name, mean, std)
     return FolderSource(info, pairing, label_map, unpaired=unpaired)

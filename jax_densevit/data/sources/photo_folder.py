@@ -23,7 +23,14 @@ SPLITS = ("train", "val", "test")
 GRAY = ("leave_out", "keep")
 
 
-@register_source("photo_folder")
+def photo_facts(
+    root: str, name: str = "", mean: tuple[float, ...] = (0.5,) * 3, std: tuple[float, ...] = (0.5,) * 3
+) -> DataInfo:
+    """What is known about photographs below a folder: how they are normalised."""
+    return DataInfo(name or Path(root).resolve().name, mean=tuple(mean), std=tuple(std))
+
+
+@register_source("photo_folder", photo_facts)
 class PhotoFolder:
     """Photographs of any size below a folder, in the order of their names.
 
@@ -65,7 +72,7 @@ class PhotoFolder:
             check_name("split of photo_folder", split, SPLITS)
         if min(val_share, test_share) < 0 or val_share + test_share >= 1:
             raise UserError(f"val_share={val_share} and test_share={test_share} must leave something to train on.")
-        self.info = DataInfo(name or Path(root).resolve().name, mean=tuple(mean), std=tuple(std))
+        self.info = photo_facts(root, name, mean, std)
         found = list_images(root, suffix)
         if list_file:
             found = _listed(list_file, found)

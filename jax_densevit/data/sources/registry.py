@@ -1,29 +1,35 @@
 """Data sources by name: one decorator registers a class or function, one function builds."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax_densevit.data.centre_crop import CentreCrop
+from jax_densevit.data.class_names import default_palette
 from jax_densevit.data.largest_crop import LargestCentreCrop
 from jax_densevit.data.raw import is_inspecting
-from jax_densevit.data.source import Source
+from jax_densevit.data.source import DataInfo, Source
 from jax_densevit.data.tiles import Tiles
-from jax_densevit.errors import UserError, did_you_mean
+from jax_densevit.errors import UserError, check_name, did_you_mean
 
 _REGISTRY: dict[str, Callable[..., Source]] = {}
+_FACTS: dict[str, Callable[..., DataInfo]] = {}
 
 
-def register_source(name: str):
+def register_source(name: str, facts: Callable[..., DataInfo] | None = None):
     """Decorator that enters a source (a class, or a function that returns one) under `name`.
 
     Its keyword arguments are the options that a config gives beside the name; those without a default are required.
+    `facts` tells the source's `info` from those of the options that it names, where no file has to be read for it.
     """
 
     def enter(build):
         if name in _REGISTRY:
             raise ValueError(f"source {name!r} is registered twice")
         _REGISTRY[name] = build
+        if facts is not None:
+            _FACTS[name] = facts
         return build
 
     return enter
@@ -34,6 +40,21 @@ def registered_sources() -> dict[str, Callable[..., Source]]:
     import jax_densevit.data.sources  # noqa: F401  registers the package's own sources
 
     return {name: _REGISTRY[name] for name in sorted(_REGISTRY)}
+
+
+def source_facts(name: str, **options: Any) -> DataInfo:
+    """The `info` of the source that `create_source` would build, where possible without its data.
+
+    Raises:
+      UserError: an unknown name; what a source finds wrong that must be built to know its facts.
+    """
+    check_name("data source", name, registered_sources())
+    if name not in _FACTS:
+        return create_source(name, **options).info
+    facts = _FACTS[name]
+    known = inspect.signature(facts).parameters
+    info = facts(**{option: value for option, value in options.items() if option in known})
+    return info if info.palette else dataclasses.replace(info, palette=default_palette(len(info.classes)))
 
 
 def create_source(

@@ -7,7 +7,11 @@ from jax_densevit.data.sources.tfds_sets import open_records, prepared_builder, 
 from jax_densevit.errors import UserError, did_you_mean
 
 
-@register_source("tfds_photos")
+def _facts(dataset: str, mean: tuple[float, ...] = (0.5,) * 3, std: tuple[float, ...] = (0.5,) * 3) -> DataInfo:
+    return DataInfo(dataset.partition(":")[0], mean=tuple(mean), std=tuple(std))
+
+
+@register_source("tfds_photos", _facts)
 class TfdsPhotos:
     """Pictures of a set of TensorFlow Datasets by random access, in the order of its files.
 
@@ -55,7 +59,7 @@ class TfdsPhotos:
             ) from error
         self._records = open_records(builder, part.file_instructions, split)
         self._skip = skip_decoding(image)
-        self.info = DataInfo(dataset.partition(":")[0], mean=tuple(mean), std=tuple(std))
+        self.info = _facts(dataset, mean, std)
 
     def __len__(self) -> int:
         return len(self._records)

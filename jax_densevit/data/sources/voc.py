@@ -16,6 +16,8 @@ from jax_densevit.data.sources.photo_folder import PhotoFolder
 from jax_densevit.data.sources.registry import register_source
 from jax_densevit.errors import UserError, check_name, did_you_mean
 
+VOC2012 = DataInfo("voc2012", VOC2012_CLASSES, VOC2012_PALETTE)
+PHOTOS = DataInfo("voc2012_photos", mean=(0.5,) * 3, std=(0.5,) * 3)
 VOC2012_SPLITS = ("train", "val", "trainval", "trainaug")
 
 
@@ -27,7 +29,7 @@ def _year(root: str, year: str) -> Path:
     raise UserError(f"{root} is not {year}: neither it, {year} nor VOCdevkit/{year} in it has a folder JPEGImages.")
 
 
-@register_source("voc2012")
+@register_source("voc2012", lambda: VOC2012)
 def voc2012(root: str, split: str) -> FolderSource:
     """PASCAL VOC 2012 segmentation, 21 classes, object borders ignored: 1,464 train, 1,449 val, 10,582 trainaug.
 
@@ -56,10 +58,10 @@ def voc2012(root: str, split: str) -> FolderSource:
     else:
         pairing = pair_by_list(lists / f"{split}.txt", images, masks)
     label_map = LabelMap(VOC2012_CLASSES, ignore=(255, (224, 224, 192)), palette=VOC2012_PALETTE)
-    return FolderSource(DataInfo("voc2012", VOC2012_CLASSES, VOC2012_PALETTE), pairing, label_map)
+    return FolderSource(VOC2012, pairing, label_map)
 
 
-@register_source("voc2012_photos")
+@register_source("voc2012_photos", lambda: PHOTOS)
 def voc2012_photos(root: str, split: str, gray: str = "leave_out") -> PhotoFolder:
     """The photographs of PASCAL VOC 2012's main lists, without labels, for colorization: 5,717 train, 5,823 val.
 
@@ -74,7 +76,15 @@ def voc2012_photos(root: str, split: str, gray: str = "leave_out") -> PhotoFolde
     return PhotoFolder(photos, list_file=str(folder / f"ImageSets/Main/{split}.txt"), gray=gray, name="voc2012_photos")
 
 
-@register_source("pascal_context")
+def pascal_context_info(protocol: int = 60) -> DataInfo:
+    """The facts about Pascal Context with its background as a class (60) or without (59)."""
+    if protocol not in (59, 60):
+        raise UserError(f"pascal_context: protocol={protocol!r} must be 60 (with background) or 59 (without).")
+    first = 60 - protocol
+    return DataInfo(f"pascal_context_{protocol}", PASCAL_CONTEXT_CLASSES[first:], PASCAL_CONTEXT_PALETTE[first:])
+
+
+@register_source("pascal_context", pascal_context_info)
 def pascal_context(root: str, split: str, protocol: int = 60) -> FolderSource:
     """Pascal Context on the images of VOC 2010: 4,998 train, 5,105 val.
 
@@ -88,15 +98,11 @@ def pascal_context(root: str, split: str, protocol: int = 60) -> FolderSource:
     """
     if split not in ("train", "val"):
         raise UserError(f"pascal_context: there is no split {split!r}{did_you_mean(split, ('train', 'val'))}")
-    if protocol not in (59, 60):
-        raise UserError(f"pascal_context: protocol={protocol!r} must be 60 (with background) or 59 (without).")
+    info = pascal_context_info(protocol)
     folder = _year(root, "VOC2010")
     pairing = pair_by_list(
         folder / f"ImageSets/SegmentationContext/{split}.txt",
         list_images(folder / "JPEGImages"),
         list_images(folder / "SegmentationClassContext"),
     )
-    first = 60 - protocol
-    classes, palette = PASCAL_CONTEXT_CLASSES[first:], PASCAL_CONTEXT_PALETTE[first:]
-    label_map = LabelMap(classes, reduce_zero_label=protocol == 59, ignore=255)
-    return FolderSource(DataInfo(f"pascal_context_{protocol}", classes, palette), pairing, label_map)
+    return FolderSource(info, pairing, LabelMap(info.classes, reduce_zero_label=protocol == 59, ignore=255))
