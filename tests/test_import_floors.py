@@ -10,7 +10,6 @@ PACKAGE = Path(__file__).parents[1] / "jax_densevit"
 # Floors of the folders and files of the package; below 0 is the ground that every room stands on. Whatever is not named
 # is a command, on top.
 FLOORS = {
-    "__init__": -1,
     "errors": -1,
     "manifest": -1,
     "writing": -1,
@@ -25,6 +24,7 @@ FLOORS = {
     "configuration": 5,
     "experiment": 5,
     "published": 5,
+    "__init__": 6,  # the package's door, which opens a room only when it is asked to
     "studies": 6,
 }
 TOP = 7
