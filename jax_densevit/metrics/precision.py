@@ -180,6 +180,7 @@ class CocoPrecision(_Precision):
         return {name: _mean(value) for name, value in values.items()} | {
             "objects": int(state["objects"][:, 0].sum()),
             "predictions": len(state["label"]),
+            **_by_threshold(precision[:, 0]),
             "per_class": [
                 {"class": name, "AP": _mean(precision[i, 0]), "AP50": _mean(precision[i, 0, 0])}
                 for i, name in enumerate(self.classes)
@@ -269,6 +270,7 @@ class CityscapesPrecision(_Precision):
             "AP50": _mean(ap[:, 0]),
             "objects": int(state["objects"].sum()),
             "predictions": int(state["predictions"].sum()),
+            **_by_threshold(ap),
             "per_class": [
                 {
                     "class": name,
@@ -295,6 +297,11 @@ def _between_scores(score: np.ndarray, right: np.ndarray, missed: int) -> float:
     recall = np.append(tp / found if found else np.zeros(len(tp)), 0.0)
     steps = np.concatenate([recall[:1], recall, [0.0]])
     return float(precision @ ((steps[:-2] - steps[2:]) / 2))
+
+
+def _by_threshold(ap: np.ndarray) -> dict[str, Any]:
+    """`thresholds` of IoU and `AP_at`, the mean over classes at each; of `[K, thresholds]`."""
+    return {"thresholds": THRESHOLDS.tolist(), "AP_at": [_mean(column) for column in ap.T]}
 
 
 def _mean(values: np.ndarray) -> float | None:

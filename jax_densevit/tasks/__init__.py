@@ -1,6 +1,14 @@
 """What is learned: loss, decoding, metrics and picture sheet, one file per task."""
 
-from jax_densevit.tasks import colorization, coltran_colorizer, coltran_upsamplers, palette, segmentation, spiral
+from jax_densevit.tasks import (
+    colorization,
+    coltran_colorizer,
+    coltran_upsamplers,
+    instances,
+    palette,
+    segmentation,
+    spiral,
+)
 from jax_densevit.tasks.registry import create_task
 
 __all__ = [
@@ -8,6 +16,7 @@ __all__ = [
     "coltran_colorizer",
     "coltran_upsamplers",
     "create_task",
+    "instances",
     "palette",
     "segmentation",
     "spiral",

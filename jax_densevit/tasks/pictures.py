@@ -127,9 +127,7 @@ def page(columns: Sequence[str], rows: Sequence[tuple[Sequence[Image.Image], str
 def overlay(image: np.ndarray, labels: np.ndarray, info: DataInfo) -> Image.Image:
     """The image tinted with the classes' colours (not the background), borders drawn, a legend with shares below."""
     labels = np.asarray(labels, np.int64)
-    if max(labels.shape) <= _TINY:
-        factor = 2 * _TINY // max(labels.shape)
-        image, labels = (array.repeat(factor, 0).repeat(factor, 1) for array in (image, labels))
+    image, labels = enlarge_tiny(image), enlarge_tiny(labels)
     strength = np.where((labels == 0) & _has_background(info), 0, 0.5)[..., None]
     mixed = (1 - strength) * image + strength * paint(labels, info)
     edge = np.zeros(labels.shape, bool)
@@ -147,6 +145,12 @@ def overlay(image: np.ndarray, labels: np.ndarray, info: DataInfo) -> Image.Imag
     page.paste(picture, ((width - picture.width) // 2, 0))
     page.paste(legend, (0, picture.height))
     return page
+
+
+def enlarge_tiny(pixels: np.ndarray) -> np.ndarray:
+    """`[H, W, ...]`, each pixel repeated where the picture is too small to be looked at."""
+    factor = 2 * _TINY // max(pixels.shape[:2]) if max(pixels.shape[:2]) <= _TINY else 1
+    return pixels.repeat(factor, 0).repeat(factor, 1)
 
 
 def label_map(labels: np.ndarray, info: DataInfo) -> Image.Image:

@@ -74,3 +74,8 @@ def give_room(batch: Mapping[str, np.ndarray], fill: Mapping[str, int]) -> dict[
         return np.pad(array, more + ((0, 0),) * (array.ndim - 3), constant_values=fill.get(name, 0))
 
     return {**{name: widen(name, array) for name, array in batch.items()}, "size": size}
+
+
+def cut(arrays: Any, room: tuple[int, int], size: tuple[int, int]) -> Any:
+    """What is left of one picture's arrays without the room: those that begin with its two axes are cut to `size`."""
+    return jax.tree.map(lambda x: x[: size[0], : size[1]] if x.shape[:2] == tuple(room) else x, arrays)

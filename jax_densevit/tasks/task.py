@@ -53,7 +53,8 @@ class Task(Protocol):
         ...
 
     def decode(self, forward: Callable[..., Any], batch: Batch, *, full: bool = False) -> Batch:
-        """Predictions for a batch of equal-sized images, keyed by name, e.g. `{"labels": int32 [B, H, W]}`.
+        """Predictions for a batch of equal-sized images, keyed by name, e.g. `{"labels": int32 [B, H, W]}`. Arrays, or
+        trees of them; in maps, rows and columns follow the batch axis.
 
         `forward(*inputs)` is the jitted model in evaluation mode, parameters bound. `decode` itself is plain Python
         that calls jitted pieces, so a sliding window compiles once whatever the sizes of the images. `batch["size"]`,

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jax_densevit.data.pipeline import evaluation_plan, evaluation_stream
 from jax_densevit.data.source import Source
-from jax_densevit.tasks.rooms import give_room
+from jax_densevit.tasks.rooms import cut, give_room
 from jax_densevit.tasks.task import Task
 from jax_densevit.training.mesh import batch_shards, put_batch, replicated
 from jax_densevit.writing import whole_file, write_json
@@ -105,8 +105,8 @@ def evaluate(
             for row, index in enumerate(planned.indices):
                 if index in shown:
                     fetched = jax.device_get(_row(mesh)(predictions, row))
-                    height, width = planned.size
-                    examples[index] = {f"predicted_{name}": value[:height, :width] for name, value in fetched.items()}
+                    fetched = cut(fetched, batch["image"].shape[1:3], planned.size)
+                    examples[index] = {f"predicted_{name}": value for name, value in fetched.items()}
             if pending is not None:  # read one batch late: the devices never wait for the host
                 take(pending)
             pending = measured
