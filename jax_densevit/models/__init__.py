@@ -1,6 +1,22 @@
 """The published systems, one file each. Importing this package registers all of them and needs no TensorFlow."""
 
-from jax_densevit.models import axial, coltran, dpt, efficientnet_lite, seq2seg, setr, spiral, uformer, unet, vit, vitseg
+from jax_densevit.models import (
+    axial,
+    coltran,
+    dpt,
+    efficientnet_lite,
+    hungarian_unet,
+    inception,
+    instance_seq2seg,
+    queries,
+    seq2seg,
+    setr,
+    spiral,
+    uformer,
+    unet,
+    vit,
+    vitseg,
+)
 from jax_densevit.models.output import ClassOutput, DenseOutput, QueryOutput
 from jax_densevit.models.registry import create_model, registered_models
 
@@ -13,6 +29,10 @@ __all__ = [
     "coltran",
     "dpt",
     "efficientnet_lite",
+    "hungarian_unet",
+    "inception",
+    "instance_seq2seg",
+    "queries",
     "registered_models",
     "seq2seg",
     "setr",

@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_densevit.errors import UserError
+from jax_densevit.layers.bert import EPSILON
 from jax_densevit.layers.convolution import ConvNorm, Upsample
+from jax_densevit.layers.embedding import Tokens, native_grid
 from jax_densevit.layers.resize import resize_bilinear
+from jax_densevit.layers.transformer import Encoder, encoder_macs, layer_norm
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.models.registry import register_model
 
@@ -26,12 +29,50 @@ class DoubleConv(nn.Module):
     features: int
     middle: int
     dtype: Any = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """`[B, h, w, C]` -> `[B, h, w, features]`."""
-        x = ConvNorm(self.middle, dtype=self.dtype, name="first")(x, train=train)
-        return ConvNorm(self.features, dtype=self.dtype, name="second")(x, train=train)
+        x = ConvNorm(self.middle, use_bias=self.use_bias, dtype=self.dtype, name="first")(x, train=train)
+        return ConvNorm(self.features, use_bias=self.use_bias, dtype=self.dtype, name="second")(x, train=train)
+
+
+class TokenLayers(nn.Module):
+    """Transformer blocks over the pixels of a small map, as BERT has them: learned positions, a norm, post-norm blocks.
+
+    Parameters: `tokens/position_embedding [1, rows, C]`, `norm/{scale,bias}`, `encoder/block_<i>/...`.
+
+    Attributes:
+      num_layers: number of blocks; they have a head for every 64 channels, and four times their width inside.
+      grid: (height, width) of the map that the position table is native to.
+      dropout: rate of the hidden states, after each branch.
+      dtype: type of the computation.
+    """
+
+    num_layers: int
+    grid: tuple[int, int]
+    dropout: float = 0.1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """`[B, h, w, C]` -> `[B, h, w, C]`."""
+        channels = x.shape[-1]
+        tokens = Tokens(self.grid, cls_token=False, dtype=self.dtype, name="tokens")(x)
+        tokens = layer_norm(EPSILON, self.dtype, "norm")(tokens)
+        encoder = Encoder(
+            self.num_layers,
+            max(1, channels // 64),
+            4 * channels,
+            norm_epsilon=EPSILON,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            norm_style="post",
+            mlp_dropout=0.0,
+            name="encoder",
+        )
+        return encoder(tokens, train=train)[self.num_layers].reshape(x.shape)
 
 
 def _widths(model: "UNet") -> tuple[list[int], list[tuple[int, int]]]:
@@ -47,7 +88,8 @@ def _widths(model: "UNet") -> tuple[list[int], list[tuple[int, int]]]:
 def _macs(model: "UNet", size: tuple[int, int]) -> int:
     encoder, decoder = _widths(model)
     areas = [(size[0] >> i) * (size[1] >> i) for i in range(_DEPTH + 1)]
-    macs, channels = 0, 3
+    macs = encoder_macs(areas[-1], encoder[-1], model.num_layers, 4 * encoder[-1]) if model.num_layers else 0
+    channels = 3
     for area, width in zip(areas, encoder, strict=True):
         macs += 9 * area * width * (channels + width)
         channels = width
@@ -76,24 +118,34 @@ class UNet(nn.Module):
 
     Parameters: `encoder_<i>` (i = 0 the full resolution) and `decoder_<i>` each hold
     `{first,second}/{conv/kernel,norm/{scale,bias}}`; `upsample_<i>/{kernel,bias}` feeds `decoder_<i>`; last,
-    `head/{kernel,bias}`.
+    `head/{kernel,bias}`. `layers/...`, see :class:`TokenLayers`, where there are some.
 
     Attributes:
       num_classes: K, output channels.
       base: channels at full resolution; they double with every halving.
       bilinear: enlarge by bilinear interpolation (corners aligned) instead of transposed convolutions; the blocks after
         it then halve the channels in their first convolution: 17,263,107 parameters at width 64 and three outputs.
+      conv_bias: convolutions have a bias, as in forms written without thinking of the normalisation behind it.
+      num_layers: transformer blocks between encoder and decoder, see :class:`TokenLayers`; `dropout` is theirs.
+      image_size: a side or (height, width): native size of their position table.
       dtype: type of the computation; parameters, statistics and the logits are float32.
     """
 
     num_classes: int = 3
     base: int = 64
     bilinear: bool = False
+    conv_bias: bool = False
+    num_layers: int = 0
+    image_size: int | tuple[int, int] = (256, 256)
+    dropout: float = 0.1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> DenseOutput:
-        """`[B, H, W, 3]` normalised images, H and W at least 16 -> logits `[B, H, W, K]`. `features`: "bottleneck".
+        """`[B, H, W, 3]` normalised images, H and W at least 16 -> logits `[B, H, W, K]`.
+
+        `features`: "bottleneck", and "decoder_3" (the smallest) to "decoder_0", what the decoder's stages return.
+        Training needs the rng stream "dropout" where there are transformer blocks.
 
         Raises:
           UserError: an image smaller than 16 pixels, or a base width that does not fit.
@@ -110,17 +162,21 @@ class UNet(nn.Module):
             if i:
                 skips.append(x)
                 x = nn.max_pool(x, (2, 2), (2, 2))
-            x = DoubleConv(features, features, self.dtype, name=f"encoder_{i}")(x, train=train)
-        bottleneck = x
+            x = DoubleConv(features, features, self.dtype, self.conv_bias, name=f"encoder_{i}")(x, train=train)
+        if self.num_layers:
+            grid = native_grid(self.image_size, 2**_DEPTH)
+            x = TokenLayers(self.num_layers, grid, self.dropout, self.dtype, name="layers")(x, train=train)
+        maps = {"bottleneck": x}
         for i, (middle, features) in zip(range(_DEPTH - 1, -1, -1), decoder, strict=True):
             if self.bilinear:
                 x = resize_bilinear(x, (2 * x.shape[1], 2 * x.shape[2]), align_corners=True)
             else:
                 x = Upsample(x.shape[-1] // 2, dtype=self.dtype, name=f"upsample_{i}")(x)
             x = jnp.concatenate([skips[i], _pad_to(x, skips[i].shape[1:3])], axis=-1)
-            x = DoubleConv(features, middle, self.dtype, name=f"decoder_{i}")(x, train=train)
+            x = DoubleConv(features, middle, self.dtype, self.conv_bias, name=f"decoder_{i}")(x, train=train)
+            maps[f"decoder_{i}"] = x
         logits = nn.Dense(self.num_classes, name="head")(x.astype(jnp.float32))
-        return DenseOutput(logits=logits, features={"bottleneck": bottleneck}, covers=(height, width))
+        return DenseOutput(logits=logits, features=maps, covers=(height, width))
 
 
 def _pad_to(x: jax.Array, size: tuple[int, int]) -> jax.Array:
