@@ -11,7 +11,7 @@ Exit codes: 0 all images predicted, 2 some were unreadable (each is named), 1 no
 import argparse
 import collections
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from jax_densevit.data.files import IMAGE_SUFFIXES
 from jax_densevit.data.images import read_image, stretch_contrast
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import load
-from jax_densevit.tasks.rooms import give_room
+from jax_densevit.tasks.rooms import cut, give_room
 from jax_densevit.tasks.task import Task
 from jax_densevit.training.evaluation import EXACT_SIZES
 
@@ -43,8 +43,9 @@ def main(argv: Sequence[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     loaded = load(arguments.workdir, step=arguments.step, which=arguments.which, decode=split_options(rest))
     images = find_images(arguments.input)
-    stems = name_outputs(images, loaded.task)
-    check_outputs(images, stems, arguments.input, arguments.output, loaded.task, arguments.overwrite)
+    stems = name_outputs(images, loaded.task.file_names)
+    files = [stem.with_name(file) for stem in stems.values() for file in loaded.task.file_names(stem.name)]
+    check_outputs(images, files, arguments.input, arguments.output, arguments.overwrite)
     facts = {"workdir": str(Path(arguments.workdir).resolve()), "step": loaded.step, **loaded.task.protocol()}
     stretch = loaded.info.stretch
     facts |= {"stretch": stretch} if stretch else {}
@@ -70,30 +71,31 @@ def find_images(given: Path) -> dict[Path, Path]:
     return {Path(given.name): given}
 
 
-def name_outputs(images: dict[Path, Path], task: Task) -> dict[Path, Path]:
+def name_outputs(images: dict[Path, Path], file_names: Callable[[str], Sequence[str]]) -> dict[Path, Path]:
     """{image: its relative path in the output, without suffix}; the suffix is kept where files would meet.
 
-    `a.png` becomes `a.*`, but next to `a.jpg` both keep their suffix: `a.png.*` and `a.jpg.*`.
+    `a.png` becomes `a.*`, but next to `a.jpg` both keep their suffix: `a.png.*` and `a.jpg.*`. `file_names` says which
+    files are made for an image named so.
     """
     stems = {name: name.with_suffix("") for name in images}
     owners = collections.defaultdict(set)
     for name, stem in stems.items():
-        for file in task.file_names(stem.name):
+        for file in file_names(stem.name):
             owners[str(stem.with_name(file)).casefold()].add(name)
     meeting = {name for names in owners.values() if len(names) > 1 for name in names}
     return {name: name if name in meeting else stem for name, stem in stems.items()}
 
 
-def check_outputs(
-    images: dict[Path, Path], stems: dict[Path, Path], given: Path, output: Path, task: Task, overwrite: bool
-) -> None:
-    """Raises :class:`UserError` where writing would feed on itself or destroy something."""
+def check_outputs(images: dict[Path, Path], files: Sequence[Path], given: Path, output: Path, overwrite: bool) -> None:
+    """Raises :class:`UserError` where writing `files`, relative to `output` or absolute, would feed on itself or
+    destroy something.
+    """
     where, inside = output.resolve(), given.resolve()
     if given.is_dir() and (where == inside or inside in where.parents):
         raise UserError(f"The output {output} lies in the input {given}: choose a folder outside it.")
     if output.exists() and not output.is_dir():
         raise UserError(f"The output {output} is a file; name a folder.")
-    files = [where / stem.with_name(file) for stem in stems.values() for file in task.file_names(stem.name)]
+    files = [where / file for file in files]
     for overwritten in {path.resolve() for path in images.values()} & set(files):
         raise UserError(f"The prediction would overwrite the image {overwritten}; choose another --output.")
     existing = [file for file in files if file.exists()]
@@ -122,38 +124,49 @@ def predict(
     """
     skipped, written = [], collections.deque()
     with progress_bar("predict") as progress, ThreadPoolExecutor(2) as writers:
-        for done, (name, pixels) in enumerate(_read_ahead(images)):
-            try:
-                image = pixels.result()
-            except UserError as error:
-                print(f"skipped: {error}", file=sys.stderr)
-                skipped.append(images[name])
-            else:
-                batch = {"image": stretch_contrast(image, stretch)[None]}
-                batch = give_room(batch, {}) if len(images) > EXACT_SIZES else batch
-                prediction = jax.device_get(task.decode(forward, batch, full=True))
-                prediction = {key: value[0, : len(image), : image.shape[1]] for key, value in prediction.items()}
-                stem, note = output / stems[name], {"image": name.as_posix(), **facts}
-                written.append(writers.submit(task.write, image, prediction, stem.parent, stem.name, note))
+        for done, (name, image) in enumerate(read_ahead(images, skipped), start=1):
+            batch = {"image": stretch_contrast(image, stretch)[None]}
+            batch = give_room(batch, {}) if len(images) > EXACT_SIZES else batch
+            prediction = jax.device_get(task.decode(forward, batch, full=True))
+            prediction = jax.tree.map(lambda array: array[0], prediction)
+            prediction = cut(prediction, batch["image"].shape[1:3], image.shape[:2])
+            stem, note = output / stems[name], {"image": name.as_posix(), **facts}
+            written.append(writers.submit(task.write, image, prediction, stem.parent, stem.name, note))
             while len(written) > 4:
                 written.popleft().result()
-            progress(done + 1, len(images))
+            progress(done + len(skipped), len(images))
         while written:
             written.popleft().result()
-    if len(skipped) == len(images):
-        raise UserError("No image could be read; each is named above.")
     return skipped
 
 
-def _read_ahead(images: dict[Path, Path]) -> Iterator[tuple[Path, "Future[np.ndarray]"]]:
-    """Names with their decoded pixels in order; a few are read while others are predicted."""
+def read_ahead(images: dict[Path, Path], skipped: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+    """Names and pixels uint8 `[H, W, 3]` in order; a few are read while others are worked on.
+
+    Those that cannot be read are named on stderr and added to `skipped`.
+
+    Raises:
+      UserError: no image could be read.
+    """
+
+    def pixels(name: Path, read: "Future[np.ndarray]") -> list[tuple[Path, np.ndarray]]:
+        try:
+            return [(name, read.result())]
+        except UserError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            skipped.append(images[name])
+            return []
+
     with ThreadPoolExecutor(2) as readers:
         waiting: collections.deque = collections.deque()
         for name, path in images.items():
             waiting.append((name, readers.submit(read_image, path)))
             if len(waiting) > 3:
-                yield waiting.popleft()
-        yield from waiting
+                yield from pixels(*waiting.popleft())
+        for ahead in waiting:
+            yield from pixels(*ahead)
+    if len(skipped) == len(images):
+        raise UserError("No image could be read; each is named above.")
 
 
 def run() -> None:

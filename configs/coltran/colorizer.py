@@ -4,14 +4,14 @@ Command:   python -m jax_densevit.train --config=configs/coltran/colorizer.py --
                --config.data.train.data_dir=/data/tensorflow_datasets
            Your own folder: --config=configs/coltran/colorizer.py:photos --config.data.train.root=/data/photos
            Another set of TFDS: --config.data.train.dataset=cifar10 --config.eval.test.data.split=test
-Words:     base (ColTran-B: gray conditions by addition only), small (half the width); imagenet (the default), photos
-           (your folder), samples (photos that come with pip), quick (steps of a second, on samples). ColTran-S is
-           --config.model.variant=ColTran-S --config.model.image_size=28 --config.task.image_size=28
+Words:     base (ColTran-B: gray conditions by addition only), s (ColTran-S: 28 x 28 pixels), small (half the width);
+           imagenet (the default), photos (your folder), samples (photos that come with pip), quick (minutes on two
+           cores; on samples unless photos is said too)
 Hardware:  published on 16 TPUv2 chips, in float32; a step takes 0.22 PFLOP here, and as much as a third more to
            recompute layers. Less memory: --config.accumulate=4
 Expected:  no bits per pixel are published. FID of 5000 validation pictures after all three stages, Kumar et al. 2021:
            19.37 (base 19.98, ColTran-S 22.06; the truth itself 14.68)
-Run here:  only `quick`; the full recipe not yet.
+Run here:  `photos,quick`, see docs/studies/coltran_flowers.md; the full recipe not yet.
 """
 
 from jax_densevit.configuration import sibling
@@ -25,8 +25,10 @@ def get_config(arg=""):
         arg,
         stage="coltran_colorizer",
         sizes={"image_size": (64, 64)},
-        quick={"image_size": (8, 8), "photo_size": (16, 16)},
+        quick={"image_size": (32, 32)},
+        layers={"encoder_layers": 2, "outer_layers": 1, "inner_layers": 1},
+        quick_steps=2000,
         steps=450_000,
         batch_size=224,
-        variants={"base": "ColTran-B"},
+        variants={"base": "ColTran-B", "s": "ColTran-S"},
     )

@@ -6,11 +6,11 @@ Command:   python -m jax_densevit.train --config=configs/coltran/spatial_upsampl
                --config.data.train.data_dir=/data/tensorflow_datasets
            Your own folder: --config=configs/coltran/spatial_upsampler.py:photos --config.data.train.root=/data/photos
 Words:     small (half the width); imagenet (the default), photos (your folder), samples (photos that come with pip),
-           quick (steps of a second, on samples)
+           quick (minutes on two cores; on samples unless photos is said too)
 Hardware:  published on 16 TPUv2 chips, in float32; a step takes 0.14 PFLOP here, and as much as a third more to
            recompute layers. Less memory: --config.accumulate=4
 Expected:  no bits per sub-pixel are published; all values alike are 8, which evaluations say too
-Run here:  only `quick`; the full recipe not yet.
+Run here:  `photos,quick`, see docs/studies/coltran_flowers.md; the full recipe not yet.
 """
 
 from jax_densevit.configuration import sibling
@@ -24,7 +24,9 @@ def get_config(arg=""):
         arg,
         stage="coltran_spatial_upsampler",
         sizes={"image_size": (256, 256), "coarse_size": (64, 64)},
-        quick={"image_size": (16, 16), "coarse_size": (4, 4), "photo_size": (16, 16)},
+        quick={"image_size": (64, 64), "coarse_size": (32, 32)},
+        layers={"num_layers": 1},
+        quick_steps=1000,
         steps=150_000,
         batch_size=32,
     )

@@ -21,24 +21,27 @@ def rows(examples: list[dict[str, np.ndarray]], **columns: str) -> list[dict[str
 
 
 def sheet(rows: Sequence[dict[str, Any]]) -> Image.Image:
-    """A picture sheet: gray, then every model in the order of the first row, then the truth.
+    """A picture sheet: gray, then every model in the order of the first row, then the truth; see :func:`line`."""
+    models = [name for name in rows[0] if name not in ("gray", "truth", "name")]
+    return pictures.page(["gray", *models, "truth"], [line(row) for row in rows])
+
+
+def line(row: dict[str, Any]) -> tuple[list[Image.Image], str]:
+    """One row of a picture sheet: its pictures, gray, models' and true one, and a caption that says their PSNR.
 
     Args:
-      rows: each with "gray" uint8 `[H, W]`, "truth" uint8 `[H, W, 3]`, "name", and pictures uint8 `[H, W, 3]` under the
-        names of their models, such as "model" or "U-Net". Captions say their PSNR.
+      row: "gray" uint8 `[H, W]`; pictures uint8 `[H, W, 3]` under the names of their models, such as "model" or
+        "U-Net"; "truth" uint8 `[H, W, 3]` and "name", if known.
     """
-    models = [name for name in rows[0] if name not in ("gray", "truth", "name")]
-    laid_out = []
-    for row in rows:
-        height, width = row["truth"].shape[:2]
-        parts = [str(row["name"])] if row.get("name") else []
-        parts.append(f"{width} x {height}")
-        gray = np.repeat(row["gray"][..., None], 3, 2)
-        shown = [gray, *(row[name] for name in models), row["truth"]]
-        for name, picture in zip(("gray", *models), shown, strict=False):
-            parts.append(f"{name} {_decibels(row['truth'], picture)}")
-        laid_out.append(([pictures.fit(np.asarray(picture)) for picture in shown], "   ·   ".join(parts)))
-    return pictures.page(["gray", *models, "truth"], laid_out)
+    models = {name: row[name] for name in row if name not in ("gray", "truth", "name")}
+    shown = {"gray": np.repeat(row["gray"][..., None], 3, 2), **models}
+    height, width = row["gray"].shape
+    parts = [str(row["name"])] if row.get("name") else []
+    parts.append(f"{width} x {height}")
+    if "truth" in row:
+        parts += [f"{name} {_decibels(row['truth'], picture)}" for name, picture in shown.items()]
+        shown["truth"] = row["truth"]
+    return [pictures.fit(np.asarray(picture)) for picture in shown.values()], "   ·   ".join(parts)
 
 
 def write(picture: np.ndarray, paths: Sequence[Path], facts: dict[str, Any]) -> None:

@@ -32,14 +32,19 @@ def bits_of(logits: jax.Array, truth: jax.Array) -> jax.Array:
 
 
 def fit(image: jax.Array, *sizes: tuple[int, int]) -> jax.Array:
-    """The middle of pictures `[B, H, W, 3]`, as large as it can be in the proportions of the first of `sizes`, averaged
-    by area to one size after the other: int32 `[B, h, w, 3]`.
+    """The :func:`middle` of pictures `[B, H, W, 3]` in the proportions of the first of `sizes`, averaged by area to one
+    size after the other: int32 `[B, h, w, 3]`.
     """
-    (top, left), (height, width) = _window(image.shape[1:3], sizes[0])
-    image = image[:, top : top + height, left : left + width]
+    image = middle(image, sizes[0])
     for size in sizes:
         image = resize_area(image, size)
     return image
+
+
+def middle(image: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """The middle of pictures `[B, H, W, 3]`, as large as it can be in the proportions of `shape`."""
+    (top, left), (height, width) = _window(image.shape[1:3], shape)
+    return image[:, top : top + height, left : left + width]
 
 
 def inside(batch: Batch, size: tuple[int, int]) -> jax.Array:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax_densevit.errors import UserError, check_name
 from jax_densevit.models.coltran.colorizer import SYMBOLS, Colorizer
 
-METHODS = ("cached", "jacobi", "naive")
+METHODS = ("cached", "jacobi", "parallel", "naive")
 STATISTICS = ("exact", "official")
 
 
@@ -35,7 +35,7 @@ class ColorSamples(NamedTuple):
       symbols: int32 `[..., H, W]` in 0..511.
       logits: float32 `[..., H, W, 512]`, from which each was drawn: before temperature and top-k.
       passes: int32 `[..., H]`, sequential steps that each row took: W pixel by pixel; with "jacobi" the passes until
-        the row did not change any more, the last of which only confirms it.
+        the row did not change any more, the last of which only confirms it; 1 in parallel.
     """
 
     symbols: jax.Array
@@ -84,11 +84,13 @@ def sample_colors(
       top_k: how many of the likeliest symbols may be drawn.
       statistics: "exact" averages the conditions of norms over the picture, as in training; "official" row by row, as
         the published sampler does (whose samples are therefore not quite from the trained distribution).
-      method: "cached"; "jacobi", the same samples in fewer, larger steps; or "naive", the same samples by a pass of the
-        whole model for every pixel, to check the others against.
+      method: "cached"; "jacobi", the same samples in fewer, larger steps; "naive", the same samples by a pass of the
+        whole model for every pixel, to check the others against; or "parallel", every pixel by itself from the second
+        head: other samples, whose neighbors know nothing of each other, for the price of the gray encoder.
 
     Raises:
-      UserError: an unknown method or statistics, `top_k` outside 1..512, a negative temperature, another size of gray.
+      UserError: an unknown method or statistics, `top_k` outside 1..512, a negative temperature, another size of gray,
+        "parallel" of a model without the second head.
     """
     check_name("sampling method", method, METHODS)
     check_name("statistics of a sampler's norms", statistics, STATISTICS)
@@ -106,6 +108,8 @@ def sample_colors(
     samples = flat.shape[0] // gray.shape[0]
     if method == "naive":
         drawn = _draw_naively(bound, jnp.repeat(gray, samples, 0), flat, draw, by_row)
+    elif method == "parallel":
+        drawn = _draw_in_parallel(bound, gray, flat, draw)
     else:
         row = _row_by_passes if method == "jacobi" else _row_by_pixels
         drawn = _draw_rows(bound, gray, flat, draw, by_row, row)
@@ -196,6 +200,17 @@ def _row_by_passes(model, u, z, row, norms, noise, draw):
     guess = draw(model.parallel_logits(z), noise) if model.parallel_head else draw(jnp.zeros_like(noise), noise)
     start = (guess, jnp.zeros_like(noise), jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool))
     return jax.lax.while_loop(lambda state: state[-1].any(), again, start)[:3]
+
+
+def _draw_in_parallel(model, gray, keys, draw):
+    """All pixels at once, each by itself, with the noise that the other methods have there."""
+    if not model.parallel_head:
+        raise UserError('The sampling method "parallel" needs the second head, which this colorizer does not have.')
+    height, width = model.size
+    logits = model.parallel_logits(model.encode(gray))
+    logits = jnp.repeat(logits, keys.shape[0] // gray.shape[0], 0)
+    noise = jax.vmap(lambda row: row_noise(keys, row, width), out_axes=1)(jnp.arange(height))
+    return draw(logits, noise), logits, jnp.ones((keys.shape[0], height), jnp.int32)
 
 
 def _draw_naively(model, gray, keys, draw, by_row):

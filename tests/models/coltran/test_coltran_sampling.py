@@ -11,10 +11,11 @@ from tiny_coltran import SIZE, colorizer, parameters, picture
 
 from jax_densevit.errors import UserError
 from jax_densevit.models.coltran import sampling
-from jax_densevit.models.coltran.sampling import METHODS, choose, picture_keys, row_noise, sample_colors
+from jax_densevit.models.coltran.sampling import choose, picture_keys, row_noise, sample_colors
 from jax_densevit.models.registry import create_model, find_model
 
 BATCH = 4
+METHODS = ("cached", "jacobi", "naive")  # of the autoregressive distribution
 EXAMPLES = np.array([5, 70_000, 3, 12])
 ADDITION = {"cond_mlp": "", "cond_ln": False, "cond_att_q": False, "cond_att_k": False, "cond_att_v": False}
 
@@ -215,6 +216,20 @@ def test_temperature_and_top_k_of_pictures():
     few = jax.tree.map(np.asarray, sampler(model, top_k=3)(params, gray, keys(), 5.0))
     rank = (few.logits > np.take_along_axis(few.logits, few.symbols[..., None], -1)).sum(-1)
     assert set(np.unique(rank)) == {0, 1, 2}
+
+
+def test_parallel_draws_every_pixel_by_itself_from_the_second_head():
+    model, params = trained()
+    gray, symbols = picture(BATCH)
+    run = sampler(model, method="parallel")
+    found = run(params, gray[:2], keys(EXAMPLES[:2], samples=2), 1.0)
+    logits = np.asarray(jax.jit(model.apply)({"params": params}, gray, symbols).parallel)
+    np.testing.assert_allclose(found.logits, logits[:2, None].repeat(2, 1), atol=1e-5)
+    np.testing.assert_array_equal(found.symbols[:, 0], (logits + noise_of(keys())).argmax(-1)[:2])
+    assert (found.passes == 1).all() and (found.symbols[:, 0] != found.symbols[:, 1]).mean() > 0.5
+    np.testing.assert_array_equal(run(params, gray, keys(), 0.0).symbols, logits.argmax(-1))
+    with pytest.raises(UserError, match="needs the second head"):
+        sample_colors(colorizer(parallel_head=False), {}, gray, keys(), method="parallel")
 
 
 @pytest.mark.parametrize(
