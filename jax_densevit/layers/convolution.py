@@ -15,18 +15,18 @@ class ConvNorm(nn.Module):
     """Convolution, batch normalisation, ReLU: the step that U-Nets and convolutional heads are made of.
 
     Parameters: `conv/kernel [k, k, C, features]` (and `conv/bias`), `norm/{scale,bias}`; statistics
-    `norm/{mean,var}`. The borders are padded with zeros so that the size stays.
+    `norm/{mean,var}`.
 
     Attributes:
       features: output channels.
-      kernel_size: k, odd.
+      kernel_size: k, odd, or (height, width) of the kernel.
       kernel_init: of the convolution; He's, unless the published model says otherwise.
       use_bias: whether the convolution has a bias. The normalisation removes it again; some published models carry one.
       dtype: type of the computation; parameters and statistics are float32.
     """
 
     features: int
-    kernel_size: int = 3
+    kernel_size: int | tuple[int, int] = 3
     use_bias: bool = False
     dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
@@ -36,21 +36,29 @@ class ConvNorm(nn.Module):
         """`[B, h, w, C]` -> `[B, h, w, features]`; `train` normalises by the batch and updates the statistics."""
         x = nn.Conv(
             self.features,
-            (self.kernel_size, self.kernel_size),
-            padding=self.kernel_size // 2,
+            (size, size) if isinstance(size, int) else size,
+            self.stride,
+            self.padding,
             use_bias=self.use_bias,
             dtype=self.dtype,
+      stride: of both axes.
+      padding: "SAME" keeps the size (zeros around), "VALID" has no borders.
+      epsilon: of the normalisation.
             kernel_init=self.kernel_init,
             name="conv",
         )(x)
-        return nn.relu(BatchNorm(name="norm")(x, train))
+        return nn.relu(BatchNorm(epsilon=self.epsilon, name="norm")(x, train))
 
 
 def conv_norm(features: int, kernel_size: int, use_bias: bool, channels: int, dtype: Any, name: str) -> ConvNorm:
+    stride: int = 1
+    padding: str = "SAME"
+    epsilon: float = 1e-5
     """`ConvNorm` with PyTorch's default initialisation, which the published heads start from."""
     init = torch_uniform(kernel_size**2 * channels)
     return ConvNorm(features, kernel_size, use_bias, dtype, init, name=name)
 
+        size = self.kernel_size
 
 def classifier(num_classes: int, channels: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
     """A 1x1 convolution whose products are in `dtype` and whose sums and results are float32."""

@@ -46,6 +46,7 @@ CASES = {
     "study axial": ("study", "axial", {**AXIAL, "head_kernel": 1}),
     "study uformer": ("study", "uformer", UFORMER),
     "efficientnet_lite": ("efficientnet_lite", "efficientnet_lite", LITE),
+    "inception_fid": ("inception_fid", "inception_fid", {"divide": 16, "num_classes": 5}),
     "coltran colorizer": ("coltran", "coltran_colorizer", {**COLTRAN, "encoder_layers": 1}),
     "coltran color": ("coltran", "coltran_color_upsampler", {**COLTRAN, "num_layers": 2}),
     "coltran spatial": ("coltran", "coltran_spatial_upsampler", {**COLTRAN, "num_layers": 1}),
@@ -58,7 +59,7 @@ def sample(case):
     """(source, model, variables of noise, the same under the source's names)."""
     source, name, options = CASES[case]
     model = create_model(name, **options)
-    size = options.get("image_size", 64)
+    size = options.get("image_size", 96)
     inputs = example_inputs(model, (size, size) if isinstance(size, int) else size)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)

@@ -1,6 +1,6 @@
 """Tables of names, one file per family: theirs, ours, and how the numbers lie."""
 
-from jax_densevit.pretrained.tables import coltran, convolutional, dpt, efficientnet_lite, setr, study, vit
+from jax_densevit.pretrained.tables import coltran, convolutional, dpt, efficientnet_lite, inception, setr, study, vit
 from jax_densevit.pretrained.tables.table import Source
 
 SOURCES: dict[str, Source] = {
@@ -18,4 +18,5 @@ SOURCES: dict[str, Source] = {
     "study": study.STUDY,
     "coltran": coltran.COLTRAN,
     "efficientnet_lite": efficientnet_lite.EFFICIENTNET_LITE,
+    "inception_fid": inception.INCEPTION_FID,
 }

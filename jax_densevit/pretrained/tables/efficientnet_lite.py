@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jax_densevit.models.efficientnet_lite import EfficientNetLite, blocks
+from jax_densevit.models.efficientnet_lite import MEAN, STD, EfficientNetLite, blocks
 from jax_densevit.pretrained.tables.table import BATCH_COUNTER, Row, Source, affine, conv_norm, unwrap
 
 
@@ -17,4 +17,6 @@ def _efficientnet_lite(model: Any) -> list[Row]:
     return rows
 
 
-EFFICIENTNET_LITE = Source(_efficientnet_lite, (EfficientNetLite,), unused=(BATCH_COUNTER,), prepare=unwrap)
+EFFICIENTNET_LITE = Source(
+    _efficientnet_lite, (EfficientNetLite,), unused=(BATCH_COUNTER,), prepare=unwrap, normalisation=(MEAN, STD)
+)
