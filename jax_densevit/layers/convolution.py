@@ -23,6 +23,9 @@ class ConvNorm(nn.Module):
       kernel_init: of the convolution; He's, unless the published model says otherwise.
       use_bias: whether the convolution has a bias. The normalisation removes it again; some published models carry one.
       dtype: type of the computation; parameters and statistics are float32.
+      stride: of both axes.
+      padding: "SAME" keeps the size (zeros around), "VALID" has no borders.
+      epsilon: of the normalisation.
     """
 
     features: int
@@ -30,10 +33,14 @@ class ConvNorm(nn.Module):
     use_bias: bool = False
     dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    stride: int = 1
+    padding: str = "SAME"
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """`[B, h, w, C]` -> `[B, h, w, features]`; `train` normalises by the batch and updates the statistics."""
+        size = self.kernel_size
         x = nn.Conv(
             self.features,
             (size, size) if isinstance(size, int) else size,
@@ -41,9 +48,6 @@ class ConvNorm(nn.Module):
             self.padding,
             use_bias=self.use_bias,
             dtype=self.dtype,
-      stride: of both axes.
-      padding: "SAME" keeps the size (zeros around), "VALID" has no borders.
-      epsilon: of the normalisation.
             kernel_init=self.kernel_init,
             name="conv",
         )(x)
@@ -51,14 +55,10 @@ class ConvNorm(nn.Module):
 
 
 def conv_norm(features: int, kernel_size: int, use_bias: bool, channels: int, dtype: Any, name: str) -> ConvNorm:
-    stride: int = 1
-    padding: str = "SAME"
-    epsilon: float = 1e-5
     """`ConvNorm` with PyTorch's default initialisation, which the published heads start from."""
     init = torch_uniform(kernel_size**2 * channels)
     return ConvNorm(features, kernel_size, use_bias, dtype, init, name=name)
 
-        size = self.kernel_size
 
 def classifier(num_classes: int, channels: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
     """A 1x1 convolution whose products are in `dtype` and whose sums and results are float32."""
