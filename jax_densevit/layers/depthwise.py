@@ -1,5 +1,6 @@
 """Depthwise convolutions as shifted products: XLA's grouped convolution takes ten to forty times as long on a CPU."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax_densevit.layers.embedding import torch_uniform
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """Convolves every channel with its own kernel; borders as TensorFlow's "SAME": the odd zero comes at the end.
 
@@ -20,67 +22,66 @@ def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     Returns:
       `[B, ceil(h / stride), ceil(w / stride), C]` in the type of `x`; products of half precision are added in float32.
     """
-    size = len(kernel)
-    rows, columns = (-(-side // stride) for side in x.shape[1:3])
-    lacking = [max(0, (n - 1) * stride + size - side) for n, side in zip((rows, columns), x.shape[1:3], strict=True)]
-    padded = jnp.pad(x, ((0, 0), *((n // 2, n - n // 2) for n in lacking), (0, 0)))
+    size = tuple(-(-side // stride) for side in x.shape[1:3])
+    return _correlate(jnp.pad(x, _borders(x, kernel, stride)), kernel, stride, size)
+
+
+def _borders(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[tuple[int, int], ...]:
+    """Zeros around `x`, of every axis."""
+    lacking = [max(0, (-(-side // stride) - 1) * stride + len(kernel) - side) for side in x.shape[1:3]]
+    return ((0, 0), *((n // 2, n - n // 2) for n in lacking), (0, 0))
+
+
+def _correlate(padded: jax.Array, kernel: jax.Array, stride: int, size: tuple[int, int]) -> jax.Array:
+    """The products of shifted maps, added up: `[B, *size, C]` in the type of `padded`."""
     total = 0.0
-    for i in range(size):
-        for j in range(size):
-            shifted = padded[:, i::stride, j::stride][:, :rows, :columns]
+    for i in range(len(kernel)):
+        for j in range(len(kernel)):
+            shifted = padded[:, i::stride, j::stride][:, : size[0], : size[1]]
             total = total + _wide(shifted) * _wide(kernel[i, j, 0])
-    return total.astype(x.dtype)
+    return total.astype(padded.dtype)
 
 
-@jax.custom_vjp
-def depthwise_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`depthwise` with a 3x3 kernel and no stride, its gradient written out: less memory and time.
-
-    Args:
-      x: `[B, h, w, C]`.
-      kernel: `[3, 3, 1, C]`, the layout of a convolution with `feature_group_count=C`.
-
-    Returns:
-      `[B, h, w, C]` in the type of `x`; products of half precision are added in float32.
-    """
-    return depthwise(x, kernel)
+def _forward(x, kernel, stride):
+    return depthwise(x, kernel, stride), (x, kernel)
 
 
-def _forward(x, kernel):
-    return depthwise_3x3(x, kernel), (x, kernel)
-
-
-def _backward(saved, g):
+def _backward(stride, saved, g):
+    # Written out, because it takes a third of the time and less memory than what differentiation makes of the slices.
     x, kernel = saved
-    height, width = x.shape[1:3]
-    dx = depthwise_3x3(g, kernel[::-1, ::-1])
-    padded = _pad(x)
+    k = len(kernel)
+    borders = _borders(x, kernel, stride)
+    padded = jnp.pad(x, borders)
+    # Every value of g reaches k x k values of x: zeros between its values undo the stride, zeros around it the borders.
+    ends = [
+        (k - 1 - low, side + low - (n - 1) * stride - 1, stride - 1)
+        for side, n, (low, _) in zip(x.shape[1:3], g.shape[1:3], borders[1:3], strict=True)
+    ]
+    spread = jax.lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+    dx = _correlate(spread, kernel[::-1, ::-1], 1, x.shape[1:3])
 
     def products(rows, g):
-        """`rows` `[B, n + 2, width + 2, C]`, `g` `[B, n, width, C]` -> `[B, 3, 3, C]`."""
-        n, g = g.shape[1], _wide(g)
-        sums = [(_wide(rows[:, i : i + n, j : j + width]) * g).sum((1, 2)) for i in range(3) for j in range(3)]
+        """Rows of `padded` with the rows of `g` that saw them -> `[B, k, k, C]`, in one axis."""
+        n, width, g = *g.shape[1:3], _wide(g)
+        shifts = [(i, j) for i in range(k) for j in range(k)]
+        sums = [(_wide(rows[:, i::stride, j::stride][:, :n, :width]) * g).sum((1, 2)) for i, j in shifts]
         return jnp.stack(sums, 1)
 
     def by_rows(padded, g):
         def add_row(total, row):
-            rows = jax.lax.dynamic_slice_in_dim(padded, row, 3, 1)
+            rows = jax.lax.dynamic_slice_in_dim(padded, row * stride, k, 1)
             return total + products(rows, jax.lax.dynamic_slice_in_dim(g, row, 1, 1)), None
 
-        zeros = jnp.zeros((x.shape[0], 9, x.shape[-1]), jnp.float32)
-        return jax.lax.scan(add_row, zeros, jnp.arange(height))[0]
+        zeros = jnp.zeros((x.shape[0], k * k, x.shape[-1]), jnp.float32)
+        return jax.lax.scan(add_row, zeros, jnp.arange(g.shape[1]))[0]
 
-    # On a CPU nine sums over a whole map go nine times through memory; row by row they stay in its cache: a sixth of
+    # On a CPU sums over a whole map go through memory for each of them; row by row they stay in its cache: a sixth of
     # the time. Accelerators want few large kernels.
     sums = jax.lax.platform_dependent(padded, g, cpu=by_rows, default=products).sum(0)
     return dx, sums.reshape(kernel.shape).astype(kernel.dtype)
 
 
-depthwise_3x3.defvjp(_forward, _backward)
-
-
-def _pad(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+depthwise.defvjp(_forward, _backward)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -104,4 +105,4 @@ class DepthwiseConv(nn.Module):
         init = torch_uniform(9)
         kernel = self.param("kernel", init, (3, 3, 1, x.shape[-1]))
         bias = self.param("bias", init, (x.shape[-1],))
-        return depthwise_3x3(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return depthwise(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)

@@ -14,6 +14,7 @@ from jax_densevit.models import (
     spiral,
     uformer,
     unet,
+    unet_lite,
     vit,
     vitseg,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "spiral",
     "uformer",
     "unet",
+    "unet_lite",
     "vit",
     "vitseg",
 ]

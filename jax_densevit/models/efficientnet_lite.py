@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jax_densevit.layers.convolution import classifier
+from jax_densevit.layers.convolution import classifier, convolve
 from jax_densevit.layers.depthwise import depthwise
 from jax_densevit.layers.normalization import BatchNorm
 from jax_densevit.models.output import ClassOutput
@@ -58,6 +58,7 @@ class LiteConvolution(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+                conv_general_dilated=convolve,
                 name="conv",
             )(x)
         x = BatchNorm(self.momentum, EPSILON, name="norm")(x, train)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name
-from jax_densevit.layers.convolution import StandardizedConv
+from jax_densevit.layers.convolution import StandardizedConv, convolve
 from jax_densevit.layers.normalization import BatchNorm
 
 NORMS = ("batch", "group")
@@ -56,6 +56,7 @@ class Convolution(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+                conv_general_dilated=convolve,
                 name="conv",
             )(x)
             x = BatchNorm(name="norm")(x, train)

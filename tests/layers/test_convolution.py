@@ -1,11 +1,12 @@
 """Convolution blocks against their definitions."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_densevit.layers.convolution import ConvNorm, Upsample
+from jax_densevit.layers.convolution import ConvNorm, Upsample, convolve
 
 
 @pytest.mark.parametrize("factor", [2, 3])
@@ -58,3 +59,26 @@ def test_conv_norm_is_convolution_then_normalisation_then_relu(kernel_size, use_
     out, _ = block.apply(given, jnp.asarray(x), train=True, mutable=["batch_stats"])
     expected = np.maximum((y - y.mean((0, 1, 2))) / np.sqrt(y.var((0, 1, 2)) + 1e-5), 0)
     np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kernel_size,options",
+    [
+        (1, {}),
+        (1, {"padding": 0, "use_bias": True}),
+        (1, {"padding": 1}),
+        (1, {"strides": 2}),
+        (1, {"feature_group_count": 2}),
+        (3, {}),
+    ],
+)
+def test_convolve_is_the_convolution(kernel_size, options):
+    """Only a 1x1 kernel without stride, border and groups is a product; whatever else stays a convolution."""
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 6))
+    ours = nn.Conv(8, (kernel_size,) * 2, conv_general_dilated=convolve, **options)
+    theirs = nn.Conv(8, (kernel_size,) * 2, **options)
+    variables = theirs.init(jax.random.key(1), x)
+    results = [jax.vjp(model.apply, variables, x) for model in (ours, theirs)]
+    gradients = [pull(jnp.cos(y)) for y, pull in results]
+    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
