@@ -9,14 +9,13 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from untrained import save_untrained
 
 from jax_densevit import evaluate, predict
 from jax_densevit.configuration import default_config, default_evaluator
 from jax_densevit.data.images import read_image, stretch_contrast
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import build, load
-from jax_densevit.training.checkpoint import Checkpoints
-from jax_densevit.training.state import TrainState, initial_variables
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +33,6 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     save_untrained(config, folder)
     return folder
-
-
-def save_untrained(config, folder):
-    """A checkpoint of a config's last step with parameters at their initial values, their average twice that."""
-    experiment = build(config)
-    batch = {"image": np.zeros((1, 32, 32, 3), np.uint8)}
-    params, statistics = initial_variables(experiment.model, experiment.task, batch, jax.random.key(0))
-    ema = {"params": jax.tree.map(lambda x: x * 2, params), "statistics": statistics}
-    with Checkpoints(folder) as checkpoints:
-        state = TrainState(np.int32(config.steps), params, statistics, ema, {"count": np.zeros((), np.int32)})
-        checkpoints.save(config.steps, state, {}, experiment.meta())
 
 
 def files(folder):
