@@ -46,6 +46,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
         "hypersim": ["h5py>=3.11"],  # its files are HDF5
+        "coco": ["pycocotools>=2.0.8"],  # its polygons have pixels that only it knows
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

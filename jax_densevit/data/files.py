@@ -86,6 +86,14 @@ def pair_by_name(images: dict[str, Path], labels: dict[str, Path]) -> Pairing:
     return Pairing(pairs, tuple(sorted(problems)))
 
 
+def with_instances(pairing: Pairing, images: dict[str, Path], instances: dict[str, Path]) -> Pairing:
+    """A pairing of `images` whose pairs get the files of object numbers of the same name too."""
+    pairs = tuple(
+        dataclasses.replace(pair, instances=instances[pair.id]) for pair in pairing.pairs if pair.id in instances
+    )
+    return Pairing(pairs, tuple(dict.fromkeys((*pairing.problems, *pair_by_name(images, instances).problems))))
+
+
 def pair_by_list(path: str | os.PathLike, images: dict[str, Path], labels: dict[str, Path]) -> Pairing:
     """Pairs what a list file names: per line one name that an image and a mask share, or an image and a mask.
 

@@ -11,7 +11,7 @@ from jax_densevit.data.crops import nearest
 from jax_densevit.data.files import Pairing
 from jax_densevit.data.images import image_size, read_image, read_labels, stretch_contrast
 from jax_densevit.data.label_maps import LabelMap
-from jax_densevit.data.raw import RawExample, RawSource, is_inspecting
+from jax_densevit.data.raw import NumberRule, RawExample, RawSource, is_inspecting
 from jax_densevit.data.source import MAPS, DataInfo, Example
 from jax_densevit.errors import UserError
 
@@ -27,7 +27,7 @@ class FolderSource(RawSource):
       pairing: the files, and what is wrong with them.
       label_map: what the mask values mean.
       unpaired: "fail" refuses a pairing with problems, "skip" goes on with the pairs there are.
-      crowd: see :class:`~jax_densevit.data.raw.RawSource`.
+      numbers: see :class:`~jax_densevit.data.raw.RawSource`.
       resize: (height, width) to which every example is resized, aspect not kept; (0, 0) leaves sizes alone.
 
     Attributes:
@@ -44,7 +44,7 @@ class FolderSource(RawSource):
         label_map: LabelMap,
         *,
         unpaired: str = "fail",
-        crowd: int | None = None,
+        numbers: NumberRule | None = None,
         resize: tuple[int, int] = (0, 0),
     ):
         if unpaired not in ("fail", "skip"):
@@ -53,7 +53,7 @@ class FolderSource(RawSource):
             info = dataclasses.replace(info, palette=default_palette(len(info.classes)))
         if info.stretch and (len(info.stretch) != 2 or not 0 <= info.stretch[0] < info.stretch[1] <= 100):
             raise UserError(f"{info.name}: stretch {info.stretch} must be two percentiles, low and high, or empty.")
-        super().__init__(info, label_map, crowd)
+        super().__init__(info, label_map, numbers)
         self.resize = check_resize(info.name, resize)
         self.pairs, self.problems = pairing.pairs, pairing.problems if unpaired == "fail" else ()
         if self.problems and not is_inspecting():

@@ -215,6 +215,8 @@ def _look(source: Source, index: int) -> _Seen:
         seen = _Seen(raw.labels_name, size=raw.image.shape[:2], digest=_digest(raw.image))
         seen.mismatch = raw.size_mismatch()
         labels, instances = source.label_map.values(raw.labels), raw.instances
+        if instances is not None:
+            instances = source.object_numbers(instances)
         seen.gray_rgb = raw.labels.ndim == 3 and labels.ndim == 2
         if isinstance(source, FolderSource):
             _look_at_format(seen, source.pairs[index].labels, labels)
@@ -222,8 +224,7 @@ def _look(source: Source, index: int) -> _Seen:
         seen.counts = count_values(labels)
     if instances is not None:
         numbers = np.unique(instances)
-        crowd = getattr(source, "crowd", None)
-        seen.objects = int(np.count_nonzero((numbers > 0) & (numbers < CROWD) & (numbers != crowd)))
+        seen.objects = int(np.count_nonzero((numbers > 0) & (numbers < CROWD)))
     return seen
 
 

@@ -4,15 +4,16 @@ import abc
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from jax_densevit.data.diagnosis import count_values
 from jax_densevit.data.label_maps import LabelMap, gray_of
-from jax_densevit.data.source import CROWD, DataInfo, Example
+from jax_densevit.data.source import DataInfo, Example
 from jax_densevit.errors import UserError
 
+NumberRule = Callable[[np.ndarray], np.ndarray]
 _inspecting = contextvars.ContextVar("inspecting", default=False)
 
 
@@ -74,13 +75,13 @@ class RawSource(abc.ABC):
     Args:
       info: facts about the data.
       label_map: what the mask values mean.
-      crowd: the object number that marks crowds in the files, turned into `source.CROWD`; None: there is none.
+      numbers: turns the object numbers of the files, uint16 [H, W], into those of `data.source`; None: they are.
     """
 
-    def __init__(self, info: DataInfo, label_map: LabelMap, crowd: int | None = None):
+    def __init__(self, info: DataInfo, label_map: LabelMap, numbers: NumberRule | None = None):
         self.info = info
         self.label_map = label_map
-        self.crowd = crowd
+        self.numbers = numbers
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -104,11 +105,13 @@ class RawSource(abc.ABC):
             instances = gray_of(raw.instances)
             if instances.ndim != 2:
                 raise UserError(f"{raw.labels_name} is in color; object numbers must be 8 or 16-bit gray PNG.")
-            instances = instances.astype(np.uint16)
-            if self.crowd is not None:
-                instances[instances == self.crowd] = CROWD
-            example["instances"] = instances
+            example["instances"] = self.object_numbers(instances)
         return example
+
+    def object_numbers(self, instances: np.ndarray) -> np.ndarray:
+        """The numbers of `data.source`, uint16, of those in a file."""
+        instances = instances.astype(np.uint16)
+        return instances if self.numbers is None else self.numbers(instances)
 
     def probe(self, count: int = 8) -> None:
         """Reads a few masks over the whole set and refuses meanings that cannot fit, before anything is compiled.

@@ -22,7 +22,7 @@ PALETTE = (
     (191, 239, 69),
     (250, 190, 212),
 )
-INFO = DataInfo("digit_scenes", CLASSES, PALETTE, mean=(0.5,) * 3, std=(0.5,) * 3)
+INFO = DataInfo("digit_scenes", CLASSES, PALETTE, mean=(0.5,) * 3, std=(0.5,) * 3, things=CLASSES[1:])
 STYLES = ("color", "plain", "wild")
 LENGTHS = {"train": 60_000, "val": 1_000, "test": 1_000}
 
@@ -46,6 +46,7 @@ class DigitScenes:
       rotation: largest turn to either side, in degrees.
       overlap: "none" leaves at least one pixel between the ink of any two digits (easy); "allowed" scatters freely,
         later digits on top, labels and instances showing what is visible (hard).
+      amodal: also give the whole of every digit, what later ones hide of it too ("amodal" of `data.source`).
       style: "color", bright digits on a dim, uneven, slightly noisy ground; "plain", white on black as in the report;
         "wild", any two colors of enough contrast and strong noise.
       mnist: a folder with MNIST's idx files; empty takes scikit-learn's bundled digits.
@@ -61,6 +62,7 @@ class DigitScenes:
         scale: tuple[int, int] = (16, 28),
         rotation: float = 15.0,
         overlap: str = "none",
+        amodal: bool = False,
         style: str = "color",
         mnist: str = "",
         seed: int = 0,
@@ -76,6 +78,8 @@ class DigitScenes:
             raise UserError(
                 f"digit_scenes: digits={tuple(digits)} must be (fewest, most) with 0 <= fewest <= most and most > 0."
             )
+        if amodal and digits[1] > 16:
+            raise UserError(f"digit_scenes: amodal=True has room for 16 digits, not for {digits[1]}.")
         if not 4 <= scale[0] <= scale[1] <= min(size):
             raise UserError(
                 f"digit_scenes: scale={tuple(scale)} must be (smallest, largest) with 4 <= smallest <= largest <= "
@@ -89,7 +93,7 @@ class DigitScenes:
                 "lower digits or scale, raise size, or set overlap='allowed'."
             )
         self.info = INFO
-        self.split, self.seed, self.style, self.overlap = split, int(seed), style, overlap
+        self.split, self.seed, self.style, self.overlap, self.amodal = split, int(seed), style, overlap, amodal
         self.scene_size = (int(size[0]), int(size[1]))
         self.digits, self.scale, self.rotation = tuple(digits), tuple(scale), float(rotation)
         self.length = int(length) or LENGTHS[split]
@@ -105,24 +109,27 @@ class DigitScenes:
         return self.scene_size
 
     def read(self, index: int) -> Example:
-        """Draws scene `index`: image uint8 [H, W, 3], labels uint8 [H, W], instances uint16 [H, W], id."""
+        """Draws scene `index`: image uint8 [H, W, 3], labels uint8 [H, W], instances uint16 [H, W], id; amodal."""
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         height, width = self.scene_size
         ground, inks = self._colors(rng)
         labels = np.zeros((height, width), np.uint8)
-        instances = np.zeros((height, width), np.uint16)
+        instances, amodal = np.zeros((2, height, width), np.uint16)
         for number, (digit, y, x, alpha, ink) in enumerate(self._place(rng), start=1):
             window = (slice(y, y + alpha.shape[0]), slice(x, x + alpha.shape[1]))
             ground[window] += (alpha.astype(np.float32) / 255)[..., None] * (inks[number - 1] - ground[window])
             labels[window][ink] = digit + 1
             instances[window][ink] = number
+            if self.amodal:
+                amodal[window][ink] |= np.uint16(1 << (number - 1))
         if self.style != "plain":
             strength = 6.0 if self.style == "color" else 20.0
             ground += strength * rng.standard_normal((height, width, 1), np.float32)
         image = np.clip(ground, 0, 255).astype(np.uint8)
-        return {"image": image, "labels": labels, "instances": instances, "id": f"{self.split}-{self.seed}-{index:06d}"}
+        maps = {"labels": labels, "instances": instances} | ({"amodal": amodal} if self.amodal else {})
+        return {"image": image, **maps, "id": f"{self.split}-{self.seed}-{index:06d}"}
 
     def _colors(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The ground float32 [H, W, 3] (0..255) and one ink color [most, 3] per digit."""

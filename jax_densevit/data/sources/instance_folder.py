@@ -1,12 +1,13 @@
 """Images with one object number per pixel: `<root>/<split>/images` beside `<root>/<split>/instances`."""
 
-import dataclasses
 from pathlib import Path
 
-from jax_densevit.data.files import Pairing, list_images, pair_by_name
+import numpy as np
+
+from jax_densevit.data.files import list_images, pair_by_name, with_instances
 from jax_densevit.data.folder_source import FolderSource
 from jax_densevit.data.label_maps import LabelMap
-from jax_densevit.data.source import IMAGENET_MEAN, IMAGENET_STD, DataInfo
+from jax_densevit.data.source import CROWD, IMAGENET_MEAN, IMAGENET_STD, DataInfo
 from jax_densevit.data.sources.registry import register_source
 
 
@@ -51,10 +52,9 @@ def instance_folder(
     else:
         label_map = LabelMap(classes, threshold=1, ignore=ignore_instance)
         labelled = pair_by_name(images, instances)
-    pairs = tuple(
-        dataclasses.replace(pair, instances=instances[pair.id]) for pair in labelled.pairs if pair.id in instances
-    )
-    numbered = pair_by_name(images, instances) if semantic else labelled
-    problems = tuple(dict.fromkeys((*labelled.problems, *numbered.problems)))
     info = _facts(root, label_map.classes, mean, std, stretch)
-    return FolderSource(info, Pairing(pairs, problems), label_map, crowd=ignore_instance)
+
+    def numbers(instances: np.ndarray) -> np.ndarray:
+        return np.where(instances == ignore_instance, np.uint16(CROWD), instances)
+
+    return FolderSource(info, with_instances(labelled, images, instances), label_map, numbers=numbers)

@@ -3,8 +3,7 @@
 from jax_densevit.data.images import EncodedImage, image_size, read_image
 from jax_densevit.data.source import DataInfo, Example
 from jax_densevit.data.sources.registry import register_source
-from jax_densevit.data.sources.tfds_sets import open_records, prepared_builder, skip_decoding
-from jax_densevit.errors import UserError, did_you_mean
+from jax_densevit.data.tfds_records import TfdsRecords
 
 
 def _facts(dataset: str, mean: tuple[float, ...] = (0.5,) * 3, std: tuple[float, ...] = (0.5,) * 3) -> DataInfo:
@@ -42,23 +41,11 @@ class TfdsPhotos:
         mean: tuple[float, ...] = (0.5,) * 3,
         std: tuple[float, ...] = (0.5,) * 3,
     ):
-        self.dataset, self.split, self._image = dataset, split, image
-        builder = prepared_builder(dataset, data_dir, manual_dir)
-        self._features = builder.info.features
-        for feature in filter(None, (image, id)):
-            if feature not in self._features:
-                raise UserError(
-                    f"tfds_photos: {dataset!r} has no feature {feature!r}{did_you_mean(feature, self._features)}"
-                )
-        self._id = id or next((name for name in ("file_name", "id", "image/filename") if name in self._features), "")
-        try:
-            part = builder.info.splits[split]
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"tfds_photos: {dataset!r} has no split {split!r}{did_you_mean(split, builder.info.splits)}"
-            ) from error
-        self._records = open_records(builder, part.file_instructions, split)
-        self._skip = skip_decoding(image)
+        self.split, self._image = split, image
+        others = (id,) if id else ()
+        self._records = TfdsRecords("tfds_photos", dataset, split, data_dir, manual_dir, (image,), others)
+        names = ("file_name", "id", "image/filename")
+        self._id = id or next((name for name in names if name in self._records.features), "")
         self.info = _facts(dataset, mean, std)
 
     def __len__(self) -> int:
@@ -74,12 +61,7 @@ class TfdsPhotos:
         return {"image": read_image(encoded), "id": name}
 
     def _encoded(self, index: int) -> tuple[EncodedImage, str]:
-        where = self._records.name_of(index)
-        try:
-            example = self._features.deserialize_example_np(self._records.read(index), decoders=self._skip)
-            image = example[self._image]
-        except Exception as error:  # protobuf, array_record and the file system each have their own
-            raise UserError(f"{where}: the record is damaged ({error}); prepare {self.dataset!r} again.") from error
+        where, example = self._records.name_of(index), self._records.read(index)
         name = example.get(self._id, b"")
         name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
-        return EncodedImage(f"{where} ({self._image})", image), name or f"{self.split}-{index:06d}"
+        return EncodedImage(f"{where} ({self._image})", example[self._image]), name or f"{self.split}-{index:06d}"
