@@ -12,9 +12,12 @@ from tiny_coltran import SIZE, colorizer, parameters, picture
 from jax_densevit.errors import UserError
 from jax_densevit.models.coltran import sampling
 from jax_densevit.models.coltran.sampling import choose, picture_keys, row_noise, sample_colors
+from jax_densevit.models.coltran.stack import INNER, stack_macs
 from jax_densevit.models.registry import create_model, find_model
 
 BATCH = 4
+SMALL = {"image_size": (4, 4), "hidden_size": 128, "mlp_size": 128, "encoder_layers": 2}
+SCAN = jax.lax.scan
 METHODS = ("cached", "jacobi", "naive")  # of the autoregressive distribution
 EXAMPLES = np.array([5, 70_000, 3, 12])
 ADDITION = {"cond_mlp": "", "cond_ln": False, "cond_att_q": False, "cond_att_k": False, "cond_att_v": False}
@@ -246,24 +249,47 @@ def test_other_models(method, options):
     np.testing.assert_array_equal(found.symbols, (logits + noise_of(keys())).argmax(-1))
 
 
-def test_cost_is_that_of_one_pass(monkeypatch):
-    """As the compiler counts it, both scans unrolled: every layer once for every pixel, and the second head not."""
-    size = (4, 4)
-    model = create_model("coltran_colorizer", image_size=size, hidden_size=128, mlp_size=128, encoder_layers=2)
-    gray, symbols = picture(1, size)
+def flops_of(model, monkeypatch, passes=1, samples=1, **options):
+    """FLOPs of the sampler's program for one picture as the compiler counts them, all loops unrolled."""
+    gray, symbols = picture(1, model.size)
     variables = jax.eval_shape(model.init, jax.random.key(0), gray, symbols)
-    monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
+    monkeypatch.setattr(jax.lax, "scan", functools.partial(SCAN, unroll=True))
+    monkeypatch.setattr(
+        jax.lax, "while_loop", lambda _, body, state: functools.reduce(lambda x, _: body(x), [None] * passes, state)
+    )
+    run = jax.jit(functools.partial(sample_colors, model, **options))
+    lowered = run.lower(variables["params"], gray, keys(EXAMPLES[:1], samples=samples))
+    return lowered.cost_analysis()["flops"]
 
-    def flops(samples):
-        run = jax.jit(functools.partial(sample_colors, model))
-        lowered = run.lower(variables["params"], gray, keys(EXAMPLES[:1], samples=samples))
-        return lowered.cost_analysis()["flops"]
 
-    expected = 2 * (find_model("coltran_colorizer").macs(model, size) - 16 * 128 * 512)
-    single = flops(1)
-    assert 1 < single / expected < 1.1
+def expected_flops(model):
+    """(one pass of the whole model without its second head, another pass of the inner decoder over all rows)."""
+    size, width = model.size, model.hidden_size
+    head = size[0] * size[1] * width * 512
+    whole = find_model("coltran_colorizer").macs(model, size) - head
+    inner = stack_macs(model.inner_layers, INNER, width, model.mlp_size, size)  # conditions are there already
+    return 2 * whole, 2 * (inner + head)
+
+
+def test_cost_is_that_of_one_pass(monkeypatch):
+    """As the compiler counts it: every layer once for every pixel, and the second head not."""
+    model = create_model("coltran_colorizer", **SMALL)
+    single = flops_of(model, monkeypatch)
+    assert 1 < single / expected_flops(model)[0] < 1.1
     # A second sample shares the gray picture's part.
-    assert 1.3 < flops(2) / single < 1.7
+    assert 1.3 < flops_of(model, monkeypatch, samples=2) / single < 1.7
+
+
+def test_cost_of_more_passes(monkeypatch):
+    """A pass of "jacobi" is one of the inner decoder with its conditions kept: the original's table of costs."""
+    model = create_model("coltran_colorizer", **SMALL)
+    one, three = (flops_of(model, monkeypatch, passes, method="jacobi") for passes in (1, 3))
+    whole, another = expected_flops(model)
+    assert 1 < (three - one) / 2 / another < 1.1 and one > whole
+    whole, another = expected_flops(create_model("coltran_colorizer"))
+    assert whole == pytest.approx(0.33e12, rel=0.02)
+    for passes, tera in ((4, 0.41), (8, 0.53), (16, 0.76), (64, 2.2)):
+        assert whole + (passes - 1) * another == pytest.approx(tera * 1e12, rel=0.03)
 
 
 @pytest.mark.parametrize(
