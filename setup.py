@@ -62,7 +62,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"densevit-{command.replace('_', '-')}=jax_densevit.{command}:run"
-            for command in ("train", "evaluate", "predict", "check_data", "prepare", "benchmark", "study")
+            for command in ("train", "evaluate", "predict", "colorize", "check_data", "prepare", "benchmark", "study")
         ]
     },
     classifiers=[
