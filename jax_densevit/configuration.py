@@ -84,7 +84,8 @@ def default_config() -> ConfigDict:
             "init": {"workdir": "", "leave_out": ()},
             # best: "<evaluator>/<number>", e.g. "val/mIoU"; "-val/L1" where less is better.
             "checkpoint": {"every": 1000, "keep": 2, "best": ""},
-            "log": {"every": 50, "tensorboard": True, "profile_at": 0},
+            # profile_at: the step after which `profile_steps` steps are traced into workdir/profile; 0 = none.
+            "log": {"every": 50, "tensorboard": True, "profile_at": 0, "profile_steps": 5},
         }
     )
 

@@ -24,6 +24,7 @@ from jax_densevit.configuration import read_config, split_overrides
 from jax_densevit.console import run_command
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import Experiment, build
+from jax_densevit.training.checkpoint import local_folder
 from jax_densevit.training.overview import overview, print_overview
 from jax_densevit.training.parts import prepare
 from jax_densevit.training.trainer import train
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print what would be trained, compile it, and leave")
     parser.add_argument("--quiet", action="store_true", help="no lines and no progress bar")
     parser.add_argument("--strict", action="store_true", help="stop at a damaged checkpoint, do not use the one before")
+    parser.add_argument("--compile_cache", metavar="DIR", help="keep compiled programs here: a restart starts sooner")
     parser.add_argument("--distributed", action="store_true", help="several processes, found out from the cluster")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens")
     parser.add_argument("--num_processes", type=int, help="how many processes there are")
@@ -46,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(rest)
     if arguments.workdir is None and not arguments.dry_run:
         raise UserError("--workdir is missing: name the folder where checkpoints, logs and evaluations shall go.")
+    if arguments.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(local_folder(arguments.compile_cache)))
     config = read_config(arguments.config, overrides)
     if not _connect(arguments):
         return _run(config, arguments)

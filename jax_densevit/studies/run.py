@@ -23,7 +23,8 @@ from jax_densevit.studies.plan import Plan
 from jax_densevit.training.best import BestScores
 from jax_densevit.training.lock import WorkdirLock
 from jax_densevit.training.preemption import STOPPED, StopRequest
-from jax_densevit.training.trainer import DONE, Diverged, differences, train
+from jax_densevit.training.processes import differences
+from jax_densevit.training.trainer import DONE, Diverged, train
 from jax_densevit.writing import whole_file, write_json
 
 log = logging.getLogger(__name__)

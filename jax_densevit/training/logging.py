@@ -177,7 +177,8 @@ class RunLog:
         """Logs an interval: `numbers` must follow from seed and data alone, `timing` is what the clock says.
 
         `timing` may have "images_per_second", "step_seconds", "input_wait" (share of the time), "mfu" (share of the
-        peak), "seconds_left", "skipped" (unreadable files so far).
+        peak), "goodput" (share of the time since the program began that steps took),
+        "seconds_left", "skipped" (unreadable files so far).
         """
         if not self._main:
             return
@@ -217,7 +218,7 @@ class RunLog:
 
 
 def human_line(step: int, steps: int, numbers: Mapping[str, float], timing: Mapping[str, float | None]) -> str:
-    """`step 50/1000  loss 0.8123  lr 1.00e-03  312 images/s  MFU 34.1%  input wait 2%  ETA 0:03:12`."""
+    """`step 50/1000  loss 0.8123  lr 1.00e-03  312 images/s  MFU 34.1%  goodput 97%  input wait 2%  ETA 0:03:12`."""
     parts = [f"step {step}/{steps}", f"loss {numbers['loss']:.4f}"]
     if "lr" in numbers:
         parts.append(f"lr {numbers['lr']:.2e}")
@@ -226,6 +227,8 @@ def human_line(step: int, steps: int, numbers: Mapping[str, float], timing: Mapp
         parts.append(f"{rate:,.0f} images/s" if rate >= 100 else f"{rate:.3g} images/s")
     if timing.get("mfu") is not None:
         parts.append(f"MFU {100 * timing['mfu']:.1f}%")
+    if timing.get("goodput") is not None:
+        parts.append(f"goodput {100 * timing['goodput']:.0f}%")
     if timing.get("input_wait") is not None:
         parts.append(f"input wait {100 * timing['input_wait']:.0f}%")
     if timing.get("seconds_left") is not None:

@@ -18,6 +18,7 @@ class Meter:
       flops: of one training step of the whole batch; None when not known.
       peak: FLOP/s of all devices together; None when not known.
       state: from :meth:`state`, of the checkpoint that training goes on from.
+      began: `time.perf_counter()` when the program began to prepare this run; now, when not given.
     """
 
     def __init__(
@@ -29,11 +30,13 @@ class Meter:
         flops: float | None = None,
         peak: float | None = None,
         state: Mapping[str, Any] | None = None,
+        began: float | None = None,
     ):
         self._steps, self._batch_size, self._flops, self._peak = steps, batch_size, flops, peak
         state = state or {"count": 0, "sums": {}}
         self._count, self._sums = int(state["count"]), dict(state["sums"])
         self._rate: float | None = None
+        self._began, self._worked = time.perf_counter() if began is None else began, 0.0
         self.restart_clock(step)
 
     def state(self) -> dict[str, Any]:
@@ -47,6 +50,10 @@ class Meter:
     def wait(self, seconds: float) -> None:
         """Adds time that the loop spent waiting for data."""
         self._waited += seconds
+
+    def work(self, seconds: float) -> None:
+        """Adds time that a step took, waiting for data excluded. The step that is compiled does not count."""
+        self._worked += seconds
 
     def add(self, numbers: Mapping[str, float]) -> None:
         """Adds the numbers of a step."""
@@ -77,6 +84,7 @@ class Meter:
             "step_seconds": per_step,
             "input_wait": min(1.0, self._waited / seconds),
             "mfu": mfu,
+            "goodput": min(1.0, self._worked / max(seconds, time.perf_counter() - self._began)),
             "seconds_left": self._rate * (self._steps - step),
         }
         self.restart_clock(step)

@@ -29,15 +29,37 @@ def anywhere(flag: bool) -> bool:
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Raises :class:`UserError` on every process if one has other facts (JSON-ready values by name) than the others."""
+    """Raises :class:`UserError` on every process if one has other facts (JSON-ready values by name) than the others.
+
+    The message names the first process that differs from process 0, and the fields that do.
+    """
     if jax.process_count() == 1:
         return
-    names = sorted(facts)
-    own = np.array([zlib.crc32(json.dumps(facts[name], sort_keys=True).encode()) for name in names], np.uint32)
-    everyone = np.asarray(multihost_utils.process_allgather(own))
-    different = [name for name, column in zip(names, everyone.T, strict=True) if len(set(column.tolist())) > 1]
-    if different:
-        raise UserError(
-            f"The processes do not agree about {', '.join(different)}: start all of them with the same config, data "
-            "and versions."
-        )
+    text = json.dumps(facts, sort_keys=True).encode()
+    # A hash first: usually nothing differs, and then no process has to send more than that.
+    hashes = multihost_utils.process_allgather(np.array([zlib.crc32(text), len(text)], np.uint32))
+    if (hashes == hashes[0]).all():
+        return
+    padded = np.zeros(int(hashes[:, 1].max()), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    everyone = multihost_utils.process_allgather(padded)
+    first, *others = (json.loads(row[:length].tobytes()) for row, (_, length) in zip(everyone, hashes, strict=True))
+    number, lines = next(
+        (number, lines) for number, other in enumerate(others, 1) if (lines := differences(first, other, ""))
+    )
+    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+    raise UserError(
+        f"The processes do not agree. Process 0 -> process {number}: "
+        f"{'; '.join(line.removeprefix('.') for line in lines[:5])}{more}. Start all of them with the same config, "
+        "data and versions."
+    )
+
+
+def differences(before: Any, now: Any, path: str = "config") -> list[str]:
+    """Lines "config.a.b: old -> new" for two JSON-like trees."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        lines = []
+        for key in sorted(before.keys() | now.keys()):
+            lines += differences(before.get(key), now.get(key), f"{path}.{key}")
+        return lines
+    return [] if before == now else [f"{path}: {before} -> {now}"]

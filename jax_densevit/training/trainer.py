@@ -28,12 +28,11 @@ from jax_densevit.training.meter import Meter
 from jax_densevit.training.parts import prepare
 from jax_densevit.training.preemption import STOPPED, StopRequest
 from jax_densevit.training.prefetch import Feed
-from jax_densevit.training.processes import check_agreement
+from jax_densevit.training.processes import check_agreement, differences
 from jax_densevit.training.sharding import gather
 from jax_densevit.training.state import TrainState
 
 DONE = 0
-PROFILED_STEPS = 5
 
 
 class Diverged(UserError):
@@ -55,6 +54,7 @@ def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: 
     Raises:
       UserError: a workdir that cannot be used, damaged checkpoints, a loss that is not finite, a full disk, bad data.
     """
+    began = time.perf_counter()
     workdir, config, main = local_folder(workdir), experiment.config, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         if main:
@@ -109,6 +109,7 @@ def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: 
             flops=_step_flops(experiment),
             peak=_total_peak(experiment.mesh),
             state=saved.get("meter"),
+            began=began,
         )
         run = _Run(experiment, workdir, checkpoints, log, meter, feed, parts, stop, meta)
         with jax.transfer_guard("disallow"):
@@ -147,13 +148,15 @@ class _Run:
         self.saved_at = step
         if waiting and not self.evaluate(waiting, state, step):
             return STOPPED
-        first_step, profile_at, profiling = step + 1, experiment.config.log.profile_at, False
+        first_step, profiling = step + 1, False
+        profile_at, profile_steps = experiment.config.log.profile_at, experiment.config.log.profile_steps
         self.meter.restart_clock(step)
         while step < experiment.steps:
             clock = time.perf_counter()
             indices, batch = first if first is not None else next(self.feed)
             first = None
-            self.meter.wait(time.perf_counter() - clock)
+            arrived = time.perf_counter()
+            self.meter.wait(arrived - clock)
             if profile_at and step == profile_at:
                 profiling = self._start_profile()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -161,7 +164,9 @@ class _Run:
             step += 1
             self.unread.append((step, indices, numbers))
             self.read(leave=1)
-            if profiling and step >= profile_at + PROFILED_STEPS:
+            if step != first_step:
+                self.meter.work(time.perf_counter() - arrived)
+            if profiling and step >= profile_at + profile_steps:
                 self.read()
                 profiling = self._end_profile()
             if step == first_step:  # compiling is over
@@ -304,7 +309,7 @@ class _Run:
     def _end_profile(self) -> bool:
         if jax.process_index() == 0:
             jax.profiler.stop_trace()
-            self.log.say(f"Profile of {PROFILED_STEPS} steps written to {self.workdir / 'profile'}")
+            self.log.say(f"Profile written to {self.workdir / 'profile'}")
         return False
 
 
@@ -346,13 +351,3 @@ def _check_same_order(data: dict[str, Any], config: Any, workdir: Path) -> None:
                 f"{workdir} was trained with {field} {data[field]} and config.{field} is {config[field]}: examples "
                 f"would be repeated or left out. Set it back, or start anew with config.init.workdir={workdir}."
             )
-
-
-def differences(before: Any, now: Any, path: str = "config") -> list[str]:
-    """Lines "config.a.b: old -> new" for two JSON-like trees."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        lines = []
-        for key in sorted(before.keys() | now.keys()):
-            lines += differences(before.get(key), now.get(key), f"{path}.{key}")
-        return lines
-    return [] if before == now else [f"{path}: {before} -> {now}"]

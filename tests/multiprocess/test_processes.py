@@ -121,7 +121,8 @@ def test_processes_with_different_configs_stop_at_once(tmp_path):
     ]
     assert [process.wait(timeout=60) for process, _ in processes] == [1, 1]
     for _, output in processes:
-        assert "error: The processes do not agree about config" in output.read_text()
+        sentence = "error: The processes do not agree. Process 0 -> process 1: config.optimizer.learning_rate: 0.01 -> "
+        assert sentence in output.read_text()
         assert "Traceback" not in output.read_text()
 
 

@@ -115,8 +115,8 @@ def test_other_processes_are_silent(tmp_path, capsys):
 
 
 def test_a_line_with_what_is_known():
-    assert human_line(1, 2, {"loss": 1.0}, {"images_per_second": 12345.0, "mfu": None}) == (
-        "step 1/2  loss 1.0000  12,345 images/s"
+    assert human_line(1, 2, {"loss": 1.0}, {"images_per_second": 12345.0, "mfu": None, "goodput": 0.934}) == (
+        "step 1/2  loss 1.0000  12,345 images/s  goodput 93%"
     )
 
 

@@ -35,18 +35,23 @@ def test_timing(monkeypatch):
     monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
     measured = Meter(step=10, steps=110, batch_size=8, flops=6e9, peak=1e12)
     measured.wait(0.5)
+    measured.work(1.5)
     now[0] += 2.0
     assert measured.timing(20) == {
         "images_per_second": 40.0,
         "step_seconds": 0.2,
         "input_wait": 0.25,
         "mfu": pytest.approx(0.03),
+        "goodput": 0.75,
         "seconds_left": pytest.approx(18.0),
     }
     now[0] += 50.0  # an evaluation
     measured.restart_clock(20)
     now[0] += 1.0
-    assert measured.timing(30)["images_per_second"] == 80.0
+    measured.work(1.0)
+    again = measured.timing(30)
+    assert again["images_per_second"] == 80.0
+    assert again["goodput"] == pytest.approx(2.5 / 53)  # the evaluation counts against it
     assert measured.timing(30) == {}
     assert Meter(step=0, steps=1, batch_size=1, flops=1.0).timing(0) == {}
 

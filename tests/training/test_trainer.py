@@ -243,10 +243,22 @@ def test_an_unreadable_example_stops_with_its_own_sentence(tmp_path):
     assert train(experiment, tmp_path / "skip", quiet=True) == 0
 
 
-def test_profile(tmp_path):
-    experiment = tiny_experiment(steps=9, evaluate=False, **{"log.profile_at": 2})
-    assert train(experiment, tmp_path, quiet=True) == 0
+def test_profile(tmp_path, capsys):
+    experiment = tiny_experiment(steps=9, evaluate=False, **{"log.profile_at": 2, "log.profile_steps": 3})
+    assert train(experiment, tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    written = next(i for i, line in enumerate(lines) if "Profile written" in line)
+    # Step 5 is the last of the window; the line of step 6 comes later.
+    before = "\n".join(lines[:written])
+    assert "step 3/9" in before and "step 6/9" not in before
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_goodput_counts_steps_only(tmp_path):
+    assert train(tiny_experiment(steps=8, slow=0.01), tmp_path, quiet=True) == 0
+    timings = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
+    shares = [line["goodput"] for line in timings if "goodput" in line]
+    assert shares and all(0 < share < 0.9 for share in shares)  # compiling and waiting for data are no steps
 
 
 def test_eight_devices_are_one(tmp_path):
