@@ -45,6 +45,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],  # `export --format onnx`, and the run that checks it
         "hypersim": ["h5py>=3.11"],  # its files are HDF5
         "coco": ["pycocotools>=2.0.8"],  # its polygons have pixels that only it knows
         "test": [
@@ -62,7 +63,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"densevit-{command.replace('_', '-')}=jax_densevit.{command}:run"
-            for command in ("train", "evaluate", "predict", "colorize", "check_data", "prepare", "benchmark", "study")
+            for command in ("train", "evaluate", "predict", "convert", "export", "colorize", "check_data", "prepare", "benchmark", "study")
         ]
     },
     classifiers=[

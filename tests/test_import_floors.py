@@ -24,6 +24,7 @@ FLOORS = {
     "configuration": 5,
     "experiment": 5,
     "published": 5,
+    "program": 6,
     "__init__": 6,  # the package's door, which opens a room only when it is asked to
     "studies": 6,
 }

@@ -195,7 +195,7 @@ class UpsamplerTask:
         """(values, gray, channels, truth) of the channels that are computed."""
         values, gray, truth = self._channels(self._fitted(batch["image"]))
         if "seed" not in batch:
-            return values, gray, jnp.broadcast_to(jnp.arange(3), (len(gray), 3)), truth
+            return values, gray, jnp.broadcast_to(jnp.arange(3), (gray.shape[0], 3)), truth
         channels = random_channels(batch["seed"])[:, None]
         values, truth = (jnp.take_along_axis(x, channels[..., None, None], axis=1) for x in (values, truth))
         return values, gray, channels, truth
@@ -244,7 +244,7 @@ def _fit_on_device(task: UpsamplerTask, image: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="task")
 def _all_channels(task: UpsamplerTask, image: jax.Array, coarse: jax.Array | None) -> tuple[jax.Array, ...]:
     values, gray, truth = task._channels(image, coarse)
-    return values, gray, jnp.broadcast_to(jnp.arange(3), (len(gray), 3)), truth
+    return values, gray, jnp.broadcast_to(jnp.arange(3), (gray.shape[0], 3)), truth
 
 
 @functools.partial(jax.jit, static_argnames="task")

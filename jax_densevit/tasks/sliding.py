@@ -61,8 +61,9 @@ def slide(
         used = np.arange(windows_at_once) < len(group)
         group = np.array(group + [group[-1]] * (windows_at_once - len(group)), np.int32)
         output = forward(_take(images, group, crop))
-        if canvas is None:  # divided over devices as the pictures are
-            canvas = jnp.zeros((*images.shape[:3], output.logits.shape[-1]), jnp.float32, device=images.sharding)
+        if canvas is None:  # divided over devices as the pictures are, which a program that is exported does not know
+            where = None if isinstance(images, jax.core.Tracer) else images.sharding
+            canvas = jnp.zeros((*images.shape[:3], output.logits.shape[-1]), jnp.float32, device=where)
         canvas = _add(canvas, output, group, used, crop)
     return _divide(canvas, np.maximum(count, 1))
 
