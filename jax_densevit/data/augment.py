@@ -148,10 +148,12 @@ def hsv_to_rgb(hue: jax.Array, saturation: jax.Array, value: jax.Array) -> jax.A
     low = jax.lax.div(value * (255 - saturation), 255)
     falling = jax.lax.div(value * (30 * 255 - saturation * part), 30 * 255)
     rising = jax.lax.div(value * (30 * 255 - saturation * (30 - part)), 30 * 255)
+    sextant = jnp.clip(sextant, 0, 5)
+    # Selections, not a gather: the compiler would send the indices of the whole batch to every device for one.
     channels = (
-        jnp.choose(sextant, [value, falling, low, low, rising, value], mode="clip"),
-        jnp.choose(sextant, [rising, value, value, falling, low, low], mode="clip"),
-        jnp.choose(sextant, [low, low, rising, value, value, falling], mode="clip"),
+        jax.lax.select_n(sextant, value, falling, low, low, rising, value),
+        jax.lax.select_n(sextant, rising, value, value, falling, low, low),
+        jax.lax.select_n(sextant, low, low, rising, value, value, falling),
     )
     return jnp.stack(channels, axis=-1)
 
