@@ -63,7 +63,18 @@ setup(
     entry_points={
         "console_scripts": [
             f"densevit-{command.replace('_', '-')}=jax_densevit.{command}:run"
-            for command in ("train", "evaluate", "predict", "convert", "export", "colorize", "check_data", "prepare", "benchmark", "study")
+            for command in (
+                "train",
+                "evaluate",
+                "predict",
+                "convert",
+                "export",
+                "colorize",
+                "check_data",
+                "prepare",
+                "benchmark",
+                "study",
+            )
         ]
     },
     classifiers=[

@@ -48,8 +48,8 @@ def make_program(loaded: Loaded, size: tuple[int, int]) -> Program:
     """The program of a loaded model for images of (height, width) `size`.
 
     Outputs are what the task's `decode` answers (for segmentation "labels" and "confidence", for colorization "image"
-    and "gray") and the arrays that the model returns ("logits"), at the resolution of its heads. With sliding windows,
-    where the model is called many times, there is the answer alone. ColTran's upsamplers have a second input, "coarse",
+    and "gray") and the arrays that the model returns ("logits"), at the resolution of its heads. With sliding windows
+    or several views, where the model does not see the picture once and whole, there is the answer alone. ColTran's upsamplers have a second input, "coarse",
     the picture of the stage before.
     """
     plain = {"attention": "xla", "remat": "none"}  # what every platform has
@@ -71,7 +71,8 @@ def make_program(loaded: Loaded, size: tuple[int, int]) -> Program:
         more = {"coarse": coarse[0]} if coarse else {}
         answer = task.decode(forward, {"image": image}, full=True, **more)
         answer = {name: value for name, value in answer.items() if name not in _ABOUT_TRUTH}
-        return {**answer, **(_arrays(calls[0]) if len(calls) == 1 else {})}
+        whole = len(calls) == 1 and getattr(task, "mode", "whole") == "whole"
+        return {**answer, **(_arrays(calls[0]) if whole else {})}
 
     shapes = jax.eval_shape(run, *_examples(inputs, 1))
     floats = tuple(name for name, leaf in shapes.items() if jnp.issubdtype(leaf.dtype, jnp.floating))
