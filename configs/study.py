@@ -11,8 +11,9 @@ Command:   python -m jax_densevit.study --config=configs/study.py --workdir=runs
                --config.tasks.colorization.data.train.root=/data/VOC2012/JPEGImages
            python -m jax_densevit.study --config=configs/study.py:both,quick --workdir=runs/study_quick
 Words:     both (default), segmentation, colorization; seq2seg, vitseg, setr (one more model each, SETR-PUP on B/16);
-           nuclei (segmentation of an instance folder at 128x128 in place of Hypersim); small (the models of `quick` on
-           crops of 128x128 of the data named); quick (small models on digit scenes and sample photos)
+           nuclei (segmentation of an instance folder at 128x128 in place of Hypersim); skip (Seq2Seg with and without
+           the sum over its hidden states, in place of all other models); small (the models of `quick` on crops of
+           128x128 of the data named); quick (small models on digit scenes and sample photos)
 Hardware:  full: a GPU with 40 GB; per model and task 30,000 steps of 16 crops of 256x256, of which Axial costs thirty
            times as much as a U-Net. quick: a laptop, two CPU cores, 2 GB
 Expected:  full: unknown; the study itself compared unequal terms. quick: see docs/studies
@@ -24,11 +25,12 @@ from jax_densevit.studies.plan import default_model, default_study
 
 TASKS = ("segmentation", "colorization")
 EXTRA = ("seq2seg", "vitseg", "setr")
+SKIP = ("seq2seg", "seq2seg_no_skip")
 
 
 def get_config(arg=""):
     """The study: tasks, models, and the terms that are the same for all."""
-    given = words(arg, "both", *TASKS, *EXTRA, "nuclei", "small", "quick")
+    given = words(arg, "both", *TASKS, *EXTRA, "nuclei", "skip", "small", "quick")
     chosen = choose(given, "both", *TASKS)
     quick = "quick" in given
     small = quick or "small" in given
@@ -42,14 +44,22 @@ def get_config(arg=""):
         study.probe = 0.125
         study.evaluations = 4
     crop = 64 if quick else 128 if "nuclei" in given or small else 256
-    for name in ("unet", "dpt", "axial", "uformer", *EXTRA):
-        if name not in EXTRA or name in given:
-            study.models[name] = _model(name, small, crop)
+    models = ("unet", "dpt", "axial", "uformer", *(name for name in EXTRA if name in given))
+    for name in SKIP if "skip" in given else models:
+        study.models[name] = _model(name, small, crop)
     return study
 
 
 def _model(name, small, crop):
     """One model: published, or small enough for two CPU cores and of similar cost."""
+    seq2seg = {
+        "image_size": crop,
+        "hidden_size": 128,
+        "num_layers": 4,
+        "num_heads": 4,
+        "mlp_size": 512,
+        "patch_size": 8,
+    }
     full, little, title, per_task = {
         "unet": ({"variant": "64"}, {"base": 12}, "U-Net", {}),
         "dpt": (
@@ -80,10 +90,11 @@ def _model(name, small, crop):
             "Uformer",
             {},
         ),
-        "seq2seg": (
-            {"variant": "skip", "image_size": crop},
-            {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "mlp_size": 512, "patch_size": 8, "image_size": crop},
-            "Seq2Seg",
+        "seq2seg": ({"variant": "skip", "image_size": crop}, seq2seg, "Seq2Seg", {}),
+        "seq2seg_no_skip": (
+            {"variant": "no_skip", "image_size": crop},
+            {**seq2seg, "skip": False},
+            "Seq2Seg, no skip",
             {},
         ),
         "vitseg": (
@@ -122,7 +133,8 @@ def _model(name, small, crop):
     entry = default_model()
     entry.title = title
     options = {k: v for k, v in full.items() if k != "variant"} | little if small else full
-    entry.model = ConfigDict({"name": "setr_pup" if name == "setr" else name, **options})
+    registered = {"setr": "setr_pup", "seq2seg_no_skip": "seq2seg"}.get(name, name)
+    entry.model = ConfigDict({"name": registered, **options})
     entry.per_task = ConfigDict(per_task)
     return entry
 

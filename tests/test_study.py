@@ -303,6 +303,7 @@ def test_a_rate_that_diverges_is_not_chosen(config, tmp_path, monkeypatch):
         ("quick", ["segmentation", "colorization"], 4),
         ("both,quick,seq2seg,vitseg,setr", ["segmentation", "colorization"], 7),
         ("segmentation,quick", ["segmentation"], 4),
+        ("segmentation,skip,quick", ["segmentation"], 2),
     ],
 )
 def test_the_study_at_quick_size(arg, tasks, models):
@@ -318,10 +319,23 @@ def test_the_study_in_full():
         assert config.models.unet.model == ConfigDict({"name": "unet", "variant": "64"}) or arg == "small"
         for task in config.tasks.values():
             assert task.eval.test.data.root == task.data.train.root
+    skips = {name: entry.model for name, entry in read_study(f"{STUDY}:skip").models.items()}
+    assert {name: model.variant for name, model in skips.items()} == {"seq2seg": "skip", "seq2seg_no_skip": "no_skip"}
     with pytest.raises(UserError, match="did you mean 'segmentation'"):
         read_study(f"{STUDY}:segmentaton")
     header = STUDY.read_text().split('"""')[1]
     for field in ("Command:", "Words:", "Hardware:", "Expected:", "Run here:"):
         assert field in header
-    for word in ("both", "segmentation", "colorization", "seq2seg", "vitseg", "setr", "nuclei", "small", "quick"):
+    for word in (
+        "both",
+        "segmentation",
+        "colorization",
+        "seq2seg",
+        "vitseg",
+        "setr",
+        "nuclei",
+        "skip",
+        "small",
+        "quick",
+    ):
         assert re.search(rf"\b{word}\b", header)
