@@ -3,9 +3,9 @@
 Command:   python -m jax_densevit.train --config=configs/coltran/color_upsampler.py --workdir=runs/coltran_color \
                --config.data.train.data_dir=/data/tensorflow_datasets
            Your own folder: --config=configs/coltran/color_upsampler.py:photos --config.data.train.root=/data/photos
-           Another set of TFDS: --config.data.train.dataset=cifar10 --config.eval.test.data.split=test
-Words:     small (half the width); imagenet (the default), photos (your folder), samples (photos that come with pip),
-           quick (minutes on two cores; on samples unless photos is said too)
+           Another set of TFDS: --config.data.train.dataset=NAME --config.eval.test.data.split=test
+Words:     small (half the width); imagenet (the default), cifar10 (32 x 32 pixels), photos (your folder), samples
+           (photos that come with pip), quick (minutes on two cores; on samples unless photos is said too)
 Hardware:  published on 16 TPUv2 chips, in float32; a step takes 0.25 PFLOP here, and as much as a third more to
            recompute layers. Less memory: --config.accumulate=4
 Expected:  no bits per sub-pixel are published; all values of a coarse one alike are 5, which evaluations say too

@@ -3,10 +3,10 @@
 Command:   python -m jax_densevit.train --config=configs/coltran/colorizer.py --workdir=runs/coltran_colorizer \
                --config.data.train.data_dir=/data/tensorflow_datasets
            Your own folder: --config=configs/coltran/colorizer.py:photos --config.data.train.root=/data/photos
-           Another set of TFDS: --config.data.train.dataset=cifar10 --config.eval.test.data.split=test
+           Another set of TFDS: --config.data.train.dataset=NAME --config.eval.test.data.split=test
 Words:     base (ColTran-B: gray conditions by addition only), s (ColTran-S: 28 x 28 pixels), small (half the width);
-           imagenet (the default), photos (your folder), samples (photos that come with pip), quick (minutes on two
-           cores; on samples unless photos is said too)
+           imagenet (the default), cifar10 (32 x 32 pixels), photos (your folder), samples (photos that come with pip),
+           quick (minutes on two cores; on samples unless photos is said too)
 Hardware:  published on 16 TPUv2 chips, in float32; a step takes 0.22 PFLOP here, and as much as a third more to
            recompute layers. Less memory: --config.accumulate=4
 Expected:  no bits per pixel are published. FID of 5000 validation pictures after all three stages, Kumar et al. 2021:

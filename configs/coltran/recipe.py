@@ -8,9 +8,10 @@ from ml_collections import ConfigDict
 
 from jax_densevit.configuration import choose, default_config, default_evaluator, words
 
-DATA = ("imagenet", "photos", "samples")
+DATA = ("imagenet", "cifar10", "photos", "samples")
 # The order of examples in a slice is fixed: what is held out for validation is never trained on.
 SPLITS = {"train": "train[:-10000]", "val": "train[-10000:]", "test": "validation"}
+CIFAR_SPLITS = {"train": "train[:-5000]", "val": "train[-5000:]", "test": "test"}
 PHOTO = (256, 256)
 # Of `quick`: minutes on two cores. Coarse colors of 32 x 32 pixels and final ones of 64 x 64 suffice for small photos.
 QUICK = {"hidden_size": 64, "mlp_size": 64, "num_heads": 2}
@@ -33,16 +34,21 @@ def coltran(
 
     Args:
       arg: words: one of `variants` or `small` (half the width); where photos come from, `imagenet` (the default),
-        `photos` (a folder) or `samples` (those that come with pip, the default of `quick`); `quick`.
+        `cifar10` (as they are, 32 x 32 pixels; not for a stage that enlarges), `photos` (a folder) or `samples` (those
+        that come with pip, the default of `quick`); `quick`.
       stage: name of model and task.
       sizes: the task's fields; quick: the same for `quick`, whose model has `layers`, trained for `quick_steps`.
       steps, batch_size: of the published training.
       variants: word -> variant of the model.
     """
     variants = {**(variants or {}), "small": "small"}
-    given = words(arg, *variants, *DATA, "quick")
-    data = choose(given, *DATA, default="samples" if "quick" in given else "imagenet")
+    enlarges = sizes.get("coarse_size", sizes["image_size"]) != sizes["image_size"]
+    known = [name for name in DATA if name != "cifar10" or not enlarges]
+    given = words(arg, *variants, *known, "quick")
+    data = choose(given, *known, default="samples" if "quick" in given else "imagenet")
     sizes = {"photo_size": QUICK_PHOTO, **quick} if "quick" in given else {"photo_size": PHOTO, **sizes}
+    if data == "cifar10":
+        sizes = dict.fromkeys(sizes, (32, 32))
     variant = variants.get(choose(given, *variants, default=""), "ColTran")
     if variant == "ColTran-S":
         sizes["image_size"] = (28, 28)
@@ -56,6 +62,7 @@ def coltran(
     for split in ("train", "val", "test"):
         source = {
             "imagenet": {"name": "tfds_photos", "dataset": "imagenet2012", "data_dir": "", "split": SPLITS[split]},
+            "cifar10": {"name": "tfds_photos", "dataset": data, "data_dir": "", "split": CIFAR_SPLITS[split]},
             "photos": {"name": "photo_folder", "root": "data/photos", "split": split},
             "samples": {"name": "sample_photos", "split": split},
         }[data]
