@@ -49,8 +49,8 @@ def make_program(loaded: Loaded, size: tuple[int, int]) -> Program:
 
     Outputs are what the task's `decode` answers (for segmentation "labels" and "confidence", for colorization "image"
     and "gray") and the arrays that the model returns ("logits"), at the resolution of its heads. With sliding windows
-    or several views, where the model does not see the picture once and whole, there is the answer alone. ColTran's upsamplers have a second input, "coarse",
-    the picture of the stage before.
+    or several views, where the model does not see the picture once and whole, there is the answer alone. ColTran's
+    upsamplers have a second input, "coarse", the picture of the stage before.
     """
     plain = {"attention": "xla", "remat": "none"}  # what every platform has
     model = loaded.model.clone(**{name: value for name, value in plain.items() if hasattr(loaded.model, name)})

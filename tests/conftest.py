@@ -30,15 +30,18 @@ def pytest_addoption(parser):
         "--reference-data", default=None, help="a folder with `goldens/` and `data/`: run the extra suite on it"
     )
 
+    parser.addoption(
+        "--peers", action="store_true", help="run the suite against PyTorch packages (pip install '.[test,peers]')"
+    )
+
 
 def pytest_collection_modifyitems(config, items):
-    """The extra suite is collected only when its data is named: there is nothing to skip."""
-    if config.getoption("--reference-data") is None:
-        kept = [item for item in items if "reference" not in item.keywords]
-        dropped = [item for item in items if "reference" in item.keywords]
-        if dropped:
-            config.hook.pytest_deselected(items=dropped)
-            items[:] = kept
+    """The extra suites are collected only when their data or packages are named: there is nothing to skip."""
+    asked = {"reference": config.getoption("--reference-data") is not None, "peers": config.getoption("--peers")}
+    dropped = [item for item in items if any(mark in item.keywords and not asked[mark] for mark in asked)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,8 @@ class ViT(nn.Module):
 
     Attributes:
       num_classes: K.
-      pool: "token" classifies the class token, "gap" the mean over the grid's tokens (after the final norm).
+      pool: "token" classifies the class token, "gap" the mean over the grid's tokens (after the final norm, as
+        big_vision), "mean" the same before the norm (timm's `fc_norm`).
       Others: see `Backbone`. big_vision: `cls_token=False, pool="gap"`, or `cls_position=False` where it has a token.
     """
 
@@ -157,9 +158,10 @@ class ViT(nn.Module):
         """`[B, H, W, 3]` normalised images -> class scores.
 
         With `distilled`, training returns the class head in `logits` and the distillation head in `auxiliary`;
-        evaluation returns the mean of both. `features` holds "tokens" `[B, T, D]`, after the final norm.
+        evaluation returns the mean of both. `features` holds "tokens" `[B, T, D]`, after the final norm
+        (before it with `pool="mean"`).
         """
-        check_name("pooling of a ViT (pool)", self.pool, ("token", "gap"))
+        check_name("pooling of a ViT (pool)", self.pool, ("token", "gap", "mean"))
         if self.distilled and not self.cls_token:
             raise UserError("distilled=True needs cls_token=True: the distillation token follows the class token.")
         if self.pool == "token" and not self.cls_token:
@@ -186,9 +188,12 @@ class ViT(nn.Module):
             self.dtype,
             name="backbone",
         )(images, train=train)[self.num_layers]
-        tokens = layer_norm(self.norm_epsilon, self.dtype, "norm")(tokens)
-        prefix = int(self.cls_token) + int(self.distilled)
-        pooled = tokens[:, 0] if self.pool == "token" else tokens[:, prefix:].mean(axis=1, dtype=jnp.float32)
+        norm, prefix = layer_norm(self.norm_epsilon, self.dtype, "norm"), int(self.cls_token) + int(self.distilled)
+        if self.pool == "mean":
+            pooled = norm(tokens[:, prefix:].mean(axis=1, dtype=jnp.float32))
+        else:
+            tokens = norm(tokens)
+            pooled = tokens[:, 0] if self.pool == "token" else tokens[:, prefix:].mean(axis=1, dtype=jnp.float32)
         logits = self._head("head", pooled)
         auxiliary = ()
         if self.distilled:

@@ -41,8 +41,8 @@ def timm_backbone(theirs: str = "") -> list[Row]:
 
 
 def _timm(model: Any) -> list[Row]:
-    # timm's mean-pooled models call their final norm fc_norm.
-    final = "fc_norm" if getattr(model, "pool", "token") == "gap" else "norm"
+    # The norm behind the mean, where timm has it there, is called otherwise than the norm of tokens.
+    final = "fc_norm" if getattr(model, "pool", "token") == "mean" else "norm"
     return [
         *timm_backbone(),
         *norm(final, "norm"),
