@@ -1,1 +1,1 @@
-"""Takes a training to machines and keeps it going: `python -m launch create`, `babysit`, `status`; see docs/launch.md."""
+"""Takes a training to machines and keeps it going: `python -m launch create`, `babysit`, ...; see docs/launch.md."""

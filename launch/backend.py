@@ -85,7 +85,8 @@ class Backend(abc.ABC):
         """Lets the training save and end; the babysitter will not start it again."""
 
     def kill(self) -> None:
-        """Ends what is left of a training one of whose processes is dead."""
+        """Ends at once what is left of a training one of whose processes is dead."""
+        raise NotImplementedError("only a backend that restarts trainings itself can do without")
 
     @abc.abstractmethod
     def logs(self, lines: int) -> str:

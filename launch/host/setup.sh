@@ -37,6 +37,6 @@ mount_bucket() {
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.11 "$home/venv"
 python3 -m uv pip install --quiet --python "$home/venv/bin/python" \
-  --constraint "$code/launch/host/constraints.txt" "$code[$extra]"
+  --constraint "$code/launch/host/constraints.txt" "${code}[$extra]"
 "$home/venv/bin/python" -c 'import importlib.metadata as m, socket
 print(f"{socket.gethostname()}: jax {m.version("jax")}, jaxlib {m.version("jaxlib")}")' || exit 1
