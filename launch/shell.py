@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -29,7 +30,7 @@ class Shell:
         self.dry_run, self.sleep = dry_run, sleep
 
     def run(self, *command: str, stdin: str | None = None, tries: int = 1, wait: float = 10.0) -> None:
-        """Runs a command; what it prints goes to the screen. With `tries`, again after a failure, waiting twice as long.
+        """Runs a command; what it prints goes to the screen. With `tries`, again after a failure, and later.
 
         Raises:
           CommandFailed: the last try failed, or there is no such program.
@@ -66,6 +67,8 @@ class Shell:
             raise CommandFailed(command, 127, f"{command[0]} is not installed, or not in PATH") from error
         if done.returncode:
             raise CommandFailed(command, done.returncode, done.stderr)
+        if not capture:
+            print(done.stderr, end="", file=sys.stderr)
         return done.stdout or ""
 
     def attach(self, *command: str) -> int:
