@@ -4,6 +4,7 @@
 needs nothing but the checkpoint, neither the data set nor the config file.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -160,6 +161,11 @@ def versions() -> dict[str, str]:
     """Versions of what computes, and the git commit when run from a checkout."""
     found = {name: importlib.metadata.version(name) for name in _VERSIONED}
     found |= {"jax_densevit": jax_densevit.__version__, "python": platform.python_version()}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["libtpu"] = importlib.metadata.version("libtpu")
+    unpacked = Path(__file__).parents[1] / "COMMIT"
+    if unpacked.is_file():  # a host that got an archive of a commit: see launch/
+        return found | {"commit": unpacked.read_text(encoding="utf-8").strip()}
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

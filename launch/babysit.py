@@ -120,7 +120,8 @@ class Babysitter:
         # The first action of all is the start; after it `limit` more are allowed.
         if number > limit or (kind == "retries" and number >= limit):
             self._tell(
-                f"given up: {number} {kind} in a row without a newer checkpoint. Look at `logs`; machines are left as they are."
+                f"given up: {number} {kind} in a row without a newer checkpoint. Look at `logs`; the machines stay as "
+                "they are."
             )
             return FAILED
         self._tries[kind] += 1
