@@ -40,7 +40,7 @@ class StopRequest:
             os.write(2, b"\nEnded at once: what was not saved yet is lost.\n")
             os._exit(128 + number)
         os.write(2, b"\nStopping: the current step ends and is saved; a second signal ends at once.\n")
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and not self._agreed:
             os.kill(os.getpid(), signal.SIGTERM)
 
     @property
@@ -55,8 +55,8 @@ class StopRequest:
         if not self._agreed and multihost_utils.reached_preemption_sync_point(step):
             self._agreed = True
             if threading.current_thread() is threading.main_thread():
-                # The service has done its work: from here on a second SIGTERM may end the process.
-                self._signals = max(self._signals, 1)
+                # The service has done its work. A machine that is told to stop after the others finds this process
+                # saving already: that SIGTERM is its first and must not end it; one more does.
                 self._previous[signal.SIGTERM] = signal.SIG_DFL
                 signal.signal(signal.SIGTERM, self._handle)
         return self._agreed
