@@ -1,7 +1,10 @@
-"""Values from ColTran's upsamplers: all sub-pixels at once, the three channels as one batch.
+"""Values from ColTran's upsamplers: all sub-pixels of a channel at once, the three channels one after the other.
 
 The pipeline is `sampling.sample_colors`, `bits.from_symbols`, the color upsampler, the spatial upsampler. Published
 pictures take the likeliest value in both upsamplers, so that all chance lies in the colorizer.
+
+A channel of one 256 x 256 picture is 65,536 tokens, enough to fill any device; three at once would take three times the
+memory (at full width 6 GB in float32).
 """
 
 import jax
@@ -26,9 +29,6 @@ def sample_channels(
 ) -> jax.Array:
     """The colors that an upsampler makes of coarser ones. Pure: jit it over the arrays and `temperature`.
 
-    Holds the logits of all sub-pixels: 201 MB a picture of 256 x 256, and less than that of anything else but the
-    model's own activations.
-
     Args:
       model: the upsampler; params: its parameters.
       coarse: int `[B, h, w, 3]`, values below `2^model.bits`. Every pixel is repeated to the size of `gray`, which is
@@ -49,13 +49,18 @@ def sample_channels(
             f"A gray picture of {height} x {width} is no whole multiple of the coarse picture's {rows} x {columns}; "
             "resize it to one."
         )
-    values = jnp.repeat(jnp.repeat(jnp.moveaxis(coarse, -1, 1), height // rows, 2), width // columns, 3)
-    channels = jnp.broadcast_to(jnp.arange(3), (gray.shape[0], 3))
-    logits = model.apply({"params": params}, values, gray, channels).logits
-    if keys is None:
-        drawn = jnp.argmax(logits, -1).astype(jnp.int32)
-    else:
-        streams = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, jnp.uint32(_STREAM + model.bits))
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(streams)
-        drawn = choose(logits, noise, temperature, top_k)
-    return jnp.moveaxis(drawn, 1, -1)
+    values = jnp.repeat(jnp.repeat(jnp.moveaxis(coarse, -1, 0), height // rows, 2), width // columns, 3)
+    if keys is not None:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, jnp.uint32(_STREAM + model.bits))
+
+    def channel(given):
+        index, values = given
+        channels = jnp.broadcast_to(index, (gray.shape[0], 1))
+        logits = model.apply({"params": params}, values[:, None], gray, channels).logits[:, 0]
+        if keys is None:
+            return jnp.argmax(logits, -1).astype(jnp.int32)
+        own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(own)
+        return choose(logits, noise, temperature, top_k)
+
+    return jnp.moveaxis(jax.lax.map(channel, (jnp.arange(3), values)), 0, -1)
