@@ -91,7 +91,8 @@ def status(backend: Backend, arguments: argparse.Namespace) -> None:
         return
     job = backend.job()
     print(f"training    {job.state.value}: {job.detail}")
-    print(f"checkpoint  {'none seen' if job.step is None else f'step {job.step}'}")
+    age = "" if job.age is None else f", {job.age} s old"
+    print(f"checkpoint  {'none seen' if job.step is None else f'step {job.step}{age}'}")
     try:
         print(backend.logs(3).strip())
     except CommandFailed as error:

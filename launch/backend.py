@@ -37,11 +37,18 @@ class State(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The state of a training, a line for people, and the step of the newest checkpoint (None: none is known)."""
+    """The state of a training.
+
+    Attributes:
+      detail: a line for people.
+      step: of the newest checkpoint; None: none is known.
+      age: seconds since it was written; None: not known.
+    """
 
     state: State
     detail: str = ""
     step: int | None = None
+    age: int | None = None
 
 
 class Backend(abc.ABC):

@@ -8,12 +8,16 @@ from launch.backend import Machines, chips
 from launch.cloud import SCOPES, CloudHosts
 from launch.shell import CommandFailed
 
+# Of the API's ManagedInstance: instanceStatus, and currentAction where there is no instance yet or any more.
+COMING = {"CREATING", "CREATING_WITHOUT_RETRIES", "RECREATING", "RESTARTING", "REFRESHING", "VERIFYING"}
 WAITING = {"PENDING", "PROVISIONING", "STAGING", "REPAIRING"}
 LOST = {"STOPPING", "TERMINATED", "SUSPENDED", "SUSPENDING", "DEPROVISIONING"}
 
 
 class Gce(CloudHosts):
     """One slice. Its policy, template and group bear the same name."""
+
+    _seen = False  # whether the slice was there while this program looked
 
     def _hosts(self) -> int:
         per_host = self.settings["MACHINE"].rpartition("-")[2].rstrip("t")  # ct6e-standard-4t: four chips
@@ -77,14 +81,18 @@ class Gce(CloudHosts):
             found = self._instances()
             if found is None:
                 return Machines.ABSENT
-            states = {one.get("instanceStatus") or "PENDING" for one in found}
+            states = {one.get("instanceStatus") or _without_instance(one) for one in found}
         except (CommandFailed, AttributeError, TypeError):
             return Machines.UNKNOWN
         if not states <= {*WAITING, *LOST, "RUNNING"}:
             return Machines.UNKNOWN
         if states & LOST:
             return Machines.LOST
-        return Machines.READY if states == {"RUNNING"} and len(found) == self._hosts() else Machines.WAITING
+        if states == {"RUNNING"} and len(found) == self._hosts():
+            self._seen = True
+            return Machines.READY
+        # A slice comes all at once: fewer hosts than that, once it was there, will not be more again.
+        return Machines.LOST if self._seen and len(found) < self._hosts() else Machines.WAITING
 
     def delete(self) -> None:
         """The group with its instances, then template and policy, which cost nothing but would keep old settings."""
@@ -107,3 +115,10 @@ class Gce(CloudHosts):
         """The first instance by name."""
         first = self.reach("")[0][3]
         return self.shell.attach("gcloud", "compute", "ssh", first, *self.place)
+
+
+def _without_instance(managed: dict) -> str:
+    action = managed.get("currentAction", "CREATING")
+    if action in COMING:
+        return "PENDING"
+    return "TERMINATED" if action in ("NONE", "DELETING", "ABANDONING") else action

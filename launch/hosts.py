@@ -1,6 +1,7 @@
 """Machines with a shell: the same scripts start, watch and stop one training process on each."""
 
 import abc
+import dataclasses
 import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,8 @@ from launch.backend import Backend, Job, State, train_words
 from launch.shell import CommandFailed
 
 STOP_SECONDS = 600  # how long a process may take to save before `stop` kills it
-HOST = re.compile(r"^densevit-host (\S+) (\w+) ?(\d*)$", re.MULTILINE)
-STEP = re.compile(r"^densevit-step (\d+) (\d+)$", re.MULTILINE)
+HOST = re.compile(r"densevit-host (\S+) (\w+) ?(\d*)\s*$", re.MULTILINE)
+STEP = re.compile(r"densevit-step (\d+) (\d+)\s*$", re.MULTILINE)
 
 
 class Hosts(Backend):
@@ -78,8 +79,8 @@ class Hosts(Backend):
         except CommandFailed as error:
             return Job(State.UNKNOWN, str(error))
         hosts = [(name, word, int(code or 0)) for name, word, code in HOST.findall(answer)]
-        steps = [int(step) for step, _ in STEP.findall(answer)]
-        return judge(hosts, max(steps) if steps else None)
+        step, age = max(((int(step), int(age)) for step, age in STEP.findall(answer)), default=(None, None))
+        return dataclasses.replace(judge(hosts, step), age=age)
 
     def stop(self) -> None:
         """SIGTERM to every process; JAX makes all of them save the same step."""

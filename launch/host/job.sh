@@ -7,7 +7,7 @@
 #   job.sh stop FOLDER SECONDS              SIGTERM, and SIGKILL after SECONDS; it is not to be started again
 #   job.sh kill FOLDER                      SIGKILL
 #
-# FOLDER holds: pid, boot (of this machine, since process numbers come again), log, exit_code, halted.
+# FOLDER holds: pid, supervisor, boot (of this machine, since process numbers come again), log, exit_code, halted.
 set -euo pipefail
 verb=$1 folder=$2
 shift 2
@@ -16,8 +16,10 @@ exec {never}<> <(:) # reading from it waits without starting a process
 
 pause() { read -rt "$1" -u "$never" _ || true; }
 boot() { cat /proc/sys/kernel/random/boot_id; }
+# The training itself, or the shell that is about to write down how it ended.
 alive() {
-  [[ -s $folder/pid && $(cat "$folder/boot") == "$(boot)" ]] && kill -0 "$(cat "$folder/pid")" 2>/dev/null
+  [[ -s $folder/pid && $(cat "$folder/boot") == "$(boot)" ]] &&
+    { kill -0 "$(cat "$folder/pid")" || kill -0 "$(cat "$folder/supervisor")"; } 2>/dev/null
 }
 running() { [[ ! -e $folder/exit_code ]] && alive; }
 wait_for_end() { # seconds
@@ -49,6 +51,7 @@ supervise)
   cd "$(dirname "$0")/../.."
   echo "=== $(date -u +%FT%TZ) $*"
   boot >"$folder/boot"
+  echo $$ >"$folder/supervisor"
   "$@" &
   child=$!
   echo "$child" >"$folder/pid.part" && mv "$folder/pid.part" "$folder/pid"
@@ -66,11 +69,13 @@ supervise)
   echo "$code" >"$folder/exit_code.part" && mv "$folder/exit_code.part" "$folder/exit_code"
   ;;
 status)
+  living=no # asked first: what is not alive any more has written its exit code by now
+  if alive; then living=yes; fi
   if [[ -e $folder/exit_code && -e $folder/halted ]]; then
     state="halted $(cat "$folder/exit_code")"
   elif [[ -e $folder/exit_code ]]; then
     state="exited $(cat "$folder/exit_code")"
-  elif alive; then
+  elif [[ $living == yes ]]; then
     state=running
   elif [[ -e $folder/pid ]]; then
     state=died
@@ -91,14 +96,14 @@ logs)
 stop)
   if running; then
     touch "$folder/halted"
-    kill -TERM "$(cat "$folder/pid")"
-    wait_for_end "$1" || kill -KILL "$(cat "$folder/pid")"
+    kill -TERM "$(cat "$folder/pid")" 2>/dev/null || true
+    wait_for_end "$1" || kill -KILL "$(cat "$folder/pid")" 2>/dev/null || true
     wait_for_end 10 || true
   fi
   ;;
 kill)
   if running; then
-    kill -KILL "$(cat "$folder/pid")"
+    kill -KILL "$(cat "$folder/pid")" 2>/dev/null || true
     wait_for_end 10 || true
   fi
   ;;

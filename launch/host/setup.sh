@@ -15,7 +15,7 @@ mount_bucket() {
       sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
     curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
     "${apt[@]}" update
-    "${apt[@]}" install gcsfuse
+    "${apt[@]}" install gcsfuse python3-pip
   fi
   mkdir -p "$HOME/bucket"
   # No metadata cache: every host must see at once what another has written.

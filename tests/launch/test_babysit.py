@@ -255,6 +255,23 @@ def test_states_of_instance_groups(cloud, tmp_path, states, meaning):
     assert backend(Gce, tmp_path).machines() is meaning
 
 
+def test_instances_that_are_gone(cloud, tmp_path):
+    """A preempted instance may leave an entry without a machine, or none at all; a new group has such entries too."""
+    gce = backend(Gce, tmp_path)
+    running = [{"instance": f"z/i{n}", "instanceStatus": "RUNNING", "currentAction": "NONE"} for n in range(4)]
+    looks = [
+        ([], Machines.WAITING),
+        ([{"instance": "z/i0", "currentAction": "CREATING"}], Machines.WAITING),
+        ([*running[:3], {"instance": "z/i3", "currentAction": "NONE"}], Machines.LOST),
+        ([*running[:3], {"instance": "z/i3", "currentAction": "ODD"}], Machines.UNKNOWN),
+        (running, Machines.READY),
+        (running[:3], Machines.LOST),
+        ([], Machines.LOST),
+    ]
+    cloud.play("list-instances", *(json.dumps(answer) for answer, _ in looks))
+    assert [gce.machines() for _ in looks] == [meaning for _, meaning in looks]
+
+
 @pytest.mark.parametrize(
     ("queue", "account", "state"),
     [

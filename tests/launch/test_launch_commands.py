@@ -159,7 +159,7 @@ exit 75
     capsys.readouterr()
     assert launch(file, "status") == 0
     printed = capsys.readouterr().out
-    assert "stopped: " in printed and "exited 75" in printed and "step 40" in printed
+    assert "stopped: " in printed and "exited 75" in printed and "step 40, " in printed and " s old" in printed
     assert launch(file, "logs") == 0
     assert "training output" in capsys.readouterr().out
     copies = list((home / "bucket/runs/my run/hosts").glob("*.log"))
