@@ -9,10 +9,17 @@ from jax_densevit.training.state import TrainState, initial_variables
 
 
 def save_untrained(config, folder):
-    """A checkpoint of a config's last step with parameters at their initial values, their average twice that."""
+    """A checkpoint of a config's last step with random numbers for parameters, their average twice that."""
     experiment = build(config)
     batch = {"image": np.zeros((1, 32, 32, 3), np.uint8)}
-    params, statistics = initial_variables(experiment.model, experiment.task, batch, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: initial_variables(experiment.model, experiment.task, batch, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):  # nothing is compiled for them
+        values = rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype)
+        return 1 + np.abs(values) if path[-1].key in ("scale", "pool", "var") else values
+
+    params, statistics = jax.tree_util.tree_map_with_path(draw, shapes)
     ema = {"params": jax.tree.map(lambda x: x * 2, params), "statistics": statistics}
     with Checkpoints(folder) as checkpoints:
         state = TrainState(np.int32(config.steps), params, statistics, ema, {"count": np.zeros((), np.int32)})
