@@ -23,10 +23,9 @@ import jax
 from jax_densevit.configuration import read_config, split_overrides
 from jax_densevit.console import run_command
 from jax_densevit.errors import UserError
-from jax_densevit.experiment import Experiment, build
+from jax_densevit.experiment import build
+from jax_densevit.planning import device_counts, dry_run, virtual_devices
 from jax_densevit.training.checkpoint import local_folder
-from jax_densevit.training.overview import overview, print_overview
-from jax_densevit.training.parts import prepare
 from jax_densevit.training.trainer import train
 
 
@@ -37,6 +36,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="a Python file with get_config()")
     parser.add_argument("--workdir", help="where checkpoints, logs and evaluations go")
     parser.add_argument("--dry_run", action="store_true", help="print what would be trained, compile it, and leave")
+    parser.add_argument(
+        "--devices", metavar="N[,N...]", help="of --dry_run: plan for so many devices, none of them here"
+    )
     parser.add_argument("--quiet", action="store_true", help="no lines and no progress bar")
     parser.add_argument("--strict", action="store_true", help="stop at a damaged checkpoint, do not use the one before")
     parser.add_argument("--compile_cache", metavar="DIR", help="keep compiled programs here: a restart starts sooner")
@@ -48,9 +50,17 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(rest)
     if arguments.workdir is None and not arguments.dry_run:
         raise UserError("--workdir is missing: name the folder where checkpoints, logs and evaluations shall go.")
+    if arguments.devices and not arguments.dry_run:
+        raise UserError("--devices belongs to --dry_run: a training takes the devices that are there.")
+    counts = device_counts(arguments.devices)
+    if counts and (code := virtual_devices(max(counts), argv)) is not None:
+        return code
     if arguments.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(local_folder(arguments.compile_cache)))
     config = read_config(arguments.config, overrides)
+    if counts:
+        dry_run(config, counts)
+        return 0
     if not _connect(arguments):
         return _run(config, arguments)
     try:
@@ -67,28 +77,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(config, arguments: argparse.Namespace) -> int:
-    experiment = build(config)
     if arguments.dry_run:
-        dry_run(experiment)
+        dry_run(config)
         return 0
-    return train(experiment, arguments.workdir, quiet=arguments.quiet, strict=arguments.strict)
-
-
-def dry_run(experiment: Experiment) -> None:
-    """Prints the resolved config, parameters, shardings, memory per device and FLOPs of an experiment."""
-    stream = experiment.train_stream(0)
-    try:
-        rows = next(iter(stream))
-    finally:
-        stream.close()
-    count = jax.process_count()
-    batch = {
-        name: jax.ShapeDtypeStruct((len(value) * count, *value.shape[1:]), value.dtype) for name, value in rows.items()
-    }
-    parts = prepare(experiment, batch)
-    facts = overview(parts.step, parts.abstract, parts.shardings, batch, macs=experiment.macs())
-    if jax.process_index() == 0:
-        print_overview(facts, str(experiment.config))
+    return train(build(config), arguments.workdir, quiet=arguments.quiet, strict=arguments.strict)
 
 
 def _connect(arguments: argparse.Namespace) -> bool:

@@ -3,6 +3,7 @@
 Parameter trees of the two forms convert into each other with :func:`stack_blocks` and :func:`unstack_blocks`.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.activation import gelu_exact
 from jax_densevit.layers.attention import SelfAttention, attention_macs
 from jax_densevit.layers.normalization import LayerNorm
+from jax_densevit.layers.placement import whole_layer
 from jax_densevit.layers.product import flat_product
 
 # What the backward pass finds in memory, and what it computes again.
@@ -178,19 +180,22 @@ class Encoder(nn.Module):
         )
         rates = jnp.asarray(np.linspace(0.0, self.drop_path, self.num_layers), jnp.float32)
 
-        def apply(x, layer):
+        def apply(x, layer, segment=None):
             params, rate, key = layer
+            if segment is not None:
+                params = whole_layer((*self.path, segment), params)
             return block.apply({"params": params}, x, rate, train=train, rngs=None if key is None else {"dropout": key})
 
-        apply = rematerialise(apply, self.remat, prevent_cse=not self.scan)
         outputs = {}
         for (start, stop), params in held.items():
+            segment = segment_name(start, stop) if self.scan else None
+            run = rematerialise(functools.partial(apply, segment=segment), self.remat, prevent_cse=not self.scan)
             if self.scan:
                 layers = (params, rates[start:stop], None if drop_keys is None else drop_keys[start:stop])
-                x, _ = jax.lax.scan(lambda x, layer: (apply(x, layer), None), x, layers)
+                x, _ = jax.lax.scan(lambda x, layer, run=run: (run(x, layer), None), x, layers)
             else:
                 for i in range(start, stop):
-                    x = apply(x, (params[i - start], rates[i], None if drop_keys is None else drop_keys[i]))
+                    x = run(x, (params[i - start], rates[i], None if drop_keys is None else drop_keys[i]))
             outputs[stop] = x
         return outputs
 
@@ -239,10 +244,15 @@ def hold_blocks(
 
     def segment(start, stop):
         if scan:
-            return parameters(f"blocks_{start}_{stop}", slice(start, stop))
+            return parameters(segment_name(start, stop), slice(start, stop))
         return [parameters(f"block_{i}", i) for i in range(start, stop)]
 
     return {(start, stop): segment(start, stop) for start, stop in segments(num_layers, taps)}
+
+
+def segment_name(start: int, stop: int) -> str:
+    """The name under which the stacked blocks `start .. stop - 1` are held."""
+    return f"blocks_{start}_{stop}"
 
 
 def _keys(key: jax.Array, count: int) -> jax.Array:

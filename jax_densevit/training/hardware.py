@@ -29,7 +29,12 @@ _PEAK_TFLOPS = (
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak FLOP/s of one device in 16-bit matrix products; None where it is not known (every CPU)."""
+    return peak_of(device.device_kind)
+
+
+def peak_of(kind: str) -> float | None:
+    """The same by the kind of device, such as "TPU v5p"."""
     for name, tera in _PEAK_TFLOPS:
-        if name.lower() in device.device_kind.lower():
+        if name.lower() in kind.lower():
             return tera * 1e12
     return None

@@ -6,6 +6,7 @@
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from jax_densevit.training.collectives import Collective, find_collectives
+from jax_densevit.training.forecast import CHIPS, UTILISATION, Forecast, forecast
 from jax_densevit.training.paths import named_leaves
 from jax_densevit.training.sharding import MINIMUM_BYTES, large_replicated, size_in_bytes
 from jax_densevit.training.state import TrainState
@@ -64,6 +67,7 @@ class Overview:
       counted_flops: the compiler's own count for a step over all devices, with the body of a loop counted once; None
         where the backend does not say.
       macs: multiply-accumulates of one forward pass of one example; None if unknown.
+      collectives: what the devices send each other in a step.
     """
 
     mesh: dict[str, int]
@@ -77,6 +81,7 @@ class Overview:
     compile_seconds: float
     counted_flops: float | None
     macs: int | None
+    collectives: tuple[Collective, ...]
 
     @property
     def parameter_count(self) -> int:
@@ -95,6 +100,24 @@ class Overview:
         What rematerialisation computes again is not counted: this is the count for model FLOPs utilisation.
         """
         return None if self.macs is None else 2 * 3 * self.macs * self.batch_size
+
+    @property
+    def sent(self) -> dict[str, float]:
+        """Bytes that each device sends in a step, by kind of collective."""
+        total = Counter()
+        for one in self.collectives:
+            total[one.kind] += one.sent
+        return dict(sorted(total.items()))
+
+    @property
+    def forecasts(self) -> tuple[Forecast, ...]:
+        """The predicted times of a step on every chip whose figures are known; empty where a count is missing."""
+        if self.memory is None or self.step_flops is None:
+            return ()
+        m = self.memory
+        touched = m.arguments + m.outputs + 2 * m.temporaries
+        flops = self.step_flops / math.prod(self.mesh.values())
+        return tuple(forecast(chip, flops, touched, self.collectives) for chip in CHIPS)
 
 
 def overview(
@@ -140,6 +163,7 @@ def overview(
         compile_seconds=seconds,
         counted_flops=None if flops is None or flops < 0 else flops * devices,
         macs=macs,
+        collectives=find_collectives(compiled.as_text(), devices) if devices > 1 else (),
     )
 
 
@@ -196,6 +220,40 @@ def print_overview(facts: Overview, config: str, console: Console | None = None)
             "scanned layers and microbatches make it too low, recomputation makes it higher"
         )
     say(f"Tracing and compiling took {facts.compile_seconds:.1f} s")
+    print_network(facts, console)
+
+
+def print_network(facts: Overview, console: Console) -> None:
+    """Prints what a step sends over the network, and what it would take on chips that are not here."""
+    times = Counter()
+    for one in facts.collectives:
+        times[one.kind] += one.times
+    for kind, size in facts.sent.items():
+        console.print(f"Network: each device sends {_mib(size)} MiB per step in {times[kind]} {kind}s", markup=False)
+    if not facts.forecasts:
+        return
+    table = Table("Predicted step", box=None, pad_edge=False)
+    for title in ("compute ms", "memory ms", "network ms", "step ms", "efficiency", "fits"):
+        table.add_column(title, justify="right")
+    for one in facts.forecasts:
+        table.add_row(
+            f"{math.prod(facts.mesh.values())} x {one.chip.name}",
+            *(f"{1000 * seconds:,.1f}" for seconds in (one.compute, one.memory, one.network)),
+            *step_and_efficiency(one),
+            "yes" if facts.memory.peak <= one.chip.memory else "no",
+        )
+    console.print(table)
+    console.print(
+        f"Computing at {100 * UTILISATION:.0f} % of the peak; from full overlap with the network to none. The model "
+        "and the sources of its figures: docs/scaling.md",
+        markup=False,
+    )
+
+
+def step_and_efficiency(one: Forecast) -> tuple[str, str]:
+    """ "12.3-15.0", "82-100 %": a step with and without overlap, and the share of it in which a chip works."""
+    low, high = one.efficiency
+    return f"{1000 * one.overlapped:,.1f}-{1000 * one.in_turn:,.1f}", f"{100 * low:.0f}-{100 * high:.0f} %"
 
 
 def _memory(compiled: Any) -> Memory | None:

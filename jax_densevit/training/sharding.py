@@ -5,18 +5,23 @@ that can be; smaller ones are copied to every device, because gathering them wou
 model (tensor parallelism) go first and leave the dimensions that they do not name to FSDP.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_densevit.errors import UserError, did_you_mean
+from jax_densevit.layers.placement import layers_made_whole_by
 from jax_densevit.training.mesh import AXES, replicated
 from jax_densevit.training.paths import first_match, named_leaves, path_name
 
 MINIMUM_BYTES = 4 * 2**20
+STACKED_LAYERS = re.compile(r"(^|/)blocks_\d+_\d+/")  # what `layers.transformer.Encoder` scans over
 
 # (regular expression over "a/b/c", one entry per dimension: an axis name, a tuple of names, or None)
 Rule = tuple[str, Sequence[str | Sequence[str] | None]]
@@ -110,12 +115,57 @@ def gather(params: Any, shardings: Any) -> Any:
       params: parameters divided as `shardings` says.
       shardings: from `parameter_shardings`.
     """
+    return jax.lax.with_sharding_constraint(params, jax.tree.map(_whole, shardings))
 
-    def whole(sharding: NamedSharding) -> NamedSharding:
-        axes = [(axis,) if isinstance(axis, str) else axis or () for axis in sharding.spec]
-        return NamedSharding(sharding.mesh, _spec([tuple(a for a in names if a != "fsdp") for names in axes]))
 
-    return jax.lax.with_sharding_constraint(params, jax.tree.map(whole, shardings))
+@contextlib.contextmanager
+def gathered(params: Any, shardings: Any) -> Iterator[Any]:
+    """The same for a model that is traced within it, with stacked layers in pieces: each is gathered where it is used.
+
+    A device then never holds more than one layer of them whole, and their gradients are divided layer by layer.
+    """
+    named, places = named_leaves(params), dict(zip(named_leaves(params), jax.tree.leaves(shardings), strict=True))
+    stacked = {name for name in named if STACKED_LAYERS.search(name) and "fsdp" not in places[name].spec[:1]}
+
+    def place(path, leaf):
+        name = path_name(path)
+        return leaf if name in stacked else jax.lax.with_sharding_constraint(leaf, _whole(places[name]))
+
+    def make_whole(path, layer):
+        def one(key, leaf):
+            name = "/".join((*path, path_name(key)))
+            return _gather_one(leaf, _layer_of(places[name])) if name in stacked else leaf
+
+        return jax.tree_util.tree_map_with_path(one, layer)
+
+    with layers_made_whole_by(make_whole):
+        yield jax.tree_util.tree_map_with_path(place, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_one(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf, _whole(sharding))
+
+
+def _gather_one_forward(leaf, sharding):
+    return _gather_one(leaf, sharding), None
+
+
+def _gather_one_backward(sharding, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, sharding),)
+
+
+_gather_one.defvjp(_gather_one_forward, _gather_one_backward)
+
+
+def _layer_of(sharding: NamedSharding) -> NamedSharding:
+    """Where one layer lies of layers that are stacked on the first axis."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def _whole(sharding: NamedSharding) -> NamedSharding:
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in sharding.spec]
+    return NamedSharding(sharding.mesh, _spec([tuple(a for a in names if a != "fsdp") for names in axes]))
 
 
 def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_densevit.tasks.task import Batch, LossTerm, Task
 from jax_densevit.training.mesh import BATCH_AXES, batch_sharding, check_batch_size, replicated
-from jax_densevit.training.sharding import gather
+from jax_densevit.training.sharding import gathered
 from jax_densevit.training.state import TrainState
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -75,10 +75,10 @@ def make_train_step(
 
     def objective(params, statistics, batch: Batch, key: jax.Array, totals: dict[str, jax.Array] | None):
         """This microbatch's share of the loss, with (new statistics, shares by term)."""
-        params = gather(params, shardings.params)
-        if trainable is not None:
-            params = jax.tree.map(lambda p, trained: p if trained else jax.lax.stop_gradient(p), params, trainable)
-        output, statistics = forward(params, statistics, batch, key)
+        with gathered(params, shardings.params) as params:
+            if trainable is not None:
+                params = jax.tree.map(lambda p, trained: p if trained else jax.lax.stop_gradient(p), params, trainable)
+            output, statistics = forward(params, statistics, batch, key)
         terms = task.loss(output, batch)
         means = {name: _mean(term, term.weight if totals is None else totals[name]) for name, term in terms.items()}
         loss = sum(terms[name].coefficient * mean for name, mean in means.items())
