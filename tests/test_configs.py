@@ -35,6 +35,7 @@ CONFIGS = {
     "coltran/color_upsampler": (1, ("", "small,photos", "cifar10"), ("quick",)),
     "coltran/spatial_upsampler": (1, ("", "small,samples"), ("quick",)),
     "seq2seg/cityscapes": (34, ("", "skip", "no_skip", "unet"), ("no_skip,quick", "unet,quick")),
+    "scaling": (11, ("", "setr"), ()),
     "setr/ade20k": (150, ("", *SETR, "160k"), ("quick", "naive_deit,mmseg,multiscale,quick")),
     "setr/cityscapes": (19, ("", *ROWS, "40k", "80k", "100k"), ("mla_base,quick",)),
     "vitseg/cityscapes": (19, ("", "grid", "rows", "spiral"), ("quick", "spiral,quick")),
