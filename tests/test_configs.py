@@ -27,7 +27,7 @@ ROWS = tuple(f"{decoder}_{size}" for decoder in ("naive", "pup", "mla") for size
 SETR = (*ROWS, "naive_large,mmseg", "pup_base,mmseg,multiscale", "mla_large,mmseg")
 CONFIGS = {
     "quickstart": (11, ("",), ("quick",)),
-    "nuclei": (2, ("",), ("quick",)),
+    "nuclei": (2, ("", "scratch"), ("scratch,quick",)),
     "own_folder": (2, ("", "unet", "setr"), ("quick", "setr,quick")),
     "colorization/sample_photos": (3, ("", "lab"), ("quick",)),
     "colorization/photo_folder": (3, ("", "lab", "study"), ("lab,quick", "study,quick")),
