@@ -3,7 +3,7 @@
     timm, setr, mmseg_setr, dpt, hf_dpt, ...   safetensors with the names of timm or of the original repository
     npz                                        the names of Google's ViT files
     stablehlo                                  a program that needs only JAX, a script that runs it, and its facts
-    onnx                                       an ONNX graph (pip install "jax_densevit[onnx]")
+    onnx                                       an ONNX graph of SETR, DPT, ... (pip install "jax_densevit[onnx]")
 
 Parts that have no name elsewhere are left behind by name: a plain ViT from a SETR is `--format timm
 --leave_out='^(?!backbone/)'`. Programs take uint8 images `[batch, height, width, 3]`, preprocessing and decoding are
@@ -130,6 +130,7 @@ def export_program(
     Raises:
       UserError: what cannot be translated, outputs that differ by more than the tolerance, an unwritable file.
     """
+    batch = batch or int(form == "onnx")
     arrays = program.noise(made, batch or 2)
     with whole_file(output) as part:
         if form == "stablehlo":

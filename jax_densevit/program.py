@@ -114,6 +114,11 @@ def run_stablehlo(artifact: bytes, arrays: Mapping[str, np.ndarray]) -> dict[str
 def onnx(program: Program, batch: int, path: Path) -> None:
     """Writes the program as an ONNX graph (opset 23), weights inside.
 
+    An output that is called as an input is, as ONNX forbids, has "_out" behind its name.
+
+    Args:
+      batch: images per call; jax2onnx 0.17 cannot leave it open in what decoding does.
+
     Raises:
       UserError: jax2onnx is not installed, or has no translation for a part of the model.
     """
@@ -121,16 +126,17 @@ def onnx(program: Program, batch: int, path: Path) -> None:
         from jax2onnx import to_onnx
     except ImportError as error:
         raise UserError('ONNX needs jax2onnx: pip install "jax_densevit[onnx]".') from error
-    examples = _examples(program.inputs, batch or "batch")
+    examples = _examples(program.inputs, batch)
+    outputs = sorted(jax.eval_shape(program.run, *examples))  # the order in which JAX flattens a dict
     try:
         to_onnx(
             program.run,
-            [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if batch else (*leaf.shape,) for leaf in examples],
+            examples,
             return_mode="file",
             output_path=str(path),
             export_mode="web",  # one file, weights inside
             input_names=list(program.inputs),
-            output_names=sorted(jax.eval_shape(program.run, *_examples(program.inputs, 1))),
+            output_names=[f"{name}_out" if name in program.inputs else name for name in outputs],
         )
     except Exception as error:  # whatever it meets, in classes of its own
         version = importlib.metadata.version("jax2onnx")
@@ -141,14 +147,24 @@ def onnx(program: Program, batch: int, path: Path) -> None:
 
 
 def run_onnx(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The outputs of an ONNX file by ONNX Runtime on the CPU."""
+    """The outputs of an ONNX file by ONNX Runtime on the CPU, by the program's own names."""
     try:
         import onnxruntime
     except ImportError as error:
         raise UserError('Checking ONNX needs onnxruntime: pip install "jax_densevit[onnx]".') from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(None, dict(arrays)), strict=True))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of every constant that it drops
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        values = session.run(None, dict(arrays))
+    except Exception as error:  # of its own, without a common class
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} does not run what jax2onnx makes of this program ({cause}); "
+            "--format stablehlo has no such limits."
+        ) from error
+    names = [output.name.removesuffix("_out") for output in session.get_outputs()]
+    return dict(zip(names, values, strict=True))
 
 
 def noise(program: Program, batch: int) -> dict[str, np.ndarray]:
