@@ -13,7 +13,7 @@ from jax_densevit.configuration import read_config
 from jax_densevit.data.source import DataInfo
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import build
-from jax_densevit.models import create_model
+from jax_densevit.models import QueryOutput, create_model
 from jax_densevit.models.registry import example_inputs, find_model
 from jax_densevit.tasks import create_task
 from jax_densevit.training.mesh import put_batch
@@ -34,6 +34,11 @@ CONFIGS = {
     "coltran/colorizer": (1, ("", "base", "s", "small,cifar10", "photos"), ("base,quick",)),
     "coltran/color_upsampler": (1, ("", "small,photos", "cifar10"), ("quick",)),
     "coltran/spatial_upsampler": (1, ("", "small,samples"), ("quick",)),
+    "instances/digits_easy": (10, ("", "token", "box", "published", "small"), ("quick", "box,quick")),
+    "instances/digits_hard": (10, ("", "box"), ("token,quick",)),
+    "instances/nuclei": (2, ("",), ("quick",)),
+    "instances/cityscapes_unet": (8, ("", "bert"), ("quick",)),
+    "instances/coco": (81, ("", "panoptic"), ("quick",)),
     "seq2seg/cityscapes": (34, ("", "skip", "no_skip", "unet"), ("no_skip,quick", "unet,quick")),
     "scaling": (11, ("", "setr"), ()),
     "setr/ade20k": (150, ("", *SETR, "160k"), ("quick", "naive_deit,mmseg,multiscale,quick")),
@@ -96,7 +101,10 @@ def test_full_size(name, arg):
     sized = {"num_classes": task.num_outputs} if "num_classes" in find_model(config.model.name).options else {}
     model = create_model(**config.model.to_dict(), **sized)
     params, output = abstract(model)
-    assert output.logits.shape[-1] == task.num_outputs and output.logits.dtype == jnp.float32
+    if isinstance(output, QueryOutput):
+        assert output.class_logits.shape[-1] == task.num_outputs + 1 and output.mask_logits.dtype == jnp.float32
+    else:
+        assert output.logits.shape[-1] == task.num_outputs and output.logits.dtype == jnp.float32
     make_optimizer(config.optimizer, params, config.steps)  # multipliers match, the warm-up fits
     height, width = tuple(config.data.crop) if all(config.data.crop) else config.data.train.size
     assert find_model(config.model.name).macs(model, (height, width)) > 0
