@@ -39,6 +39,7 @@ setup(
         "matplotlib>=3.9",  # confusion matrices, learning curves, picture sheets
         "rich>=13",  # progress bars and tables
         "scikit-learn>=1.5",  # brings the handwritten digits of the quickstart
+        "flatbuffers",  # jax.export reads and writes its programs with it, and does not say so
         "safetensors>=0.5",  # published weights come in this format too; it needs nothing but NumPy
         "scikit-image>=0.24",  # brings photographs to learn colors from; scipy, its largest part, is there already
     ],

@@ -33,7 +33,7 @@ _NAMES = {"timm": "timm_vit", "npz": "vit_npz"}
 _PROGRAMS = ("stablehlo", "onnx")
 _RUNNER = '''"""Runs {file}: python {runner} {given} answers.npz
 
-It needs jax, which brings NumPy, and nothing else. Inputs are uint8 arrays:
+It needs JAX alone: pip install jax flatbuffers (in which JAX keeps its programs). Inputs are uint8 arrays:
 {inputs}
 """
 
