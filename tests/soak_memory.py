@@ -87,8 +87,9 @@ def main() -> int:
     first, last = (statistics.median(size for _, size in part) for part in (counted[:quarter], counted[-quarter:]))
     growth = last / first - 1
     print(
-        f"{checkpoints[-1]} steps, {evaluations} evaluations, {sheets} picture sheets in {samples[-1][0] / 60:.1f} min; "
-        f"stopped with {code}\nresident memory: {first / 2**20:.1f} MiB after the warm-up, {last / 2**20:.1f} MiB at "
+        f"{checkpoints[-1]} steps, {evaluations} evaluations, {sheets} picture sheets in "
+        f"{samples[-1][0] / 60:.1f} min; stopped with {code}\n"
+        f"resident memory: {first / 2**20:.1f} MiB after the warm-up, {last / 2**20:.1f} MiB at "
         f"the end ({100 * growth:+.2f} %), highest {max(size for _, size in counted) / 2**20:.1f} MiB"
     )
     return 0 if growth <= ALLOWED else 1
