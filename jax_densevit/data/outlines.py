@@ -39,7 +39,7 @@ def annotated_mask(segmentation: object, size: tuple[int, int]) -> np.ndarray:
         return np.zeros(size, bool)
     coco = _pycocotools()
     encoded = coco.merge(coco.frPyObjects([polygon.tolist() for polygon in polygons], *size))
-    return coco.decode(encoded).astype(bool)
+    return _from_runs(_unpacked(encoded["counts"].decode()), size)
 
 
 def _from_runs(counts: Sequence[int], size: tuple[int, int]) -> np.ndarray:

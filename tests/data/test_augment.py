@@ -40,6 +40,7 @@ def a_batch(count=64, height=12, width=12, seed=0):
         "image": image,
         "labels": image[..., 0] % 7,
         "instances": image[..., 1].astype(np.uint16) * 200,
+        "amodal": image[..., 2].astype(np.uint16) * 99,
         "seed": rng.integers(0, 2**32, (count, 2), np.uint32),
         "index": np.arange(count, dtype=np.int32),
     }
@@ -53,6 +54,7 @@ def assert_joint(batch):
     """Labels and instances still belong to their pixels."""
     np.testing.assert_array_equal(batch["labels"], batch["image"][..., 0] % 7)
     np.testing.assert_array_equal(batch["instances"], batch["image"][..., 1].astype(np.uint16) * 200)
+    np.testing.assert_array_equal(batch["amodal"], batch["image"][..., 2].astype(np.uint16) * 99)
 
 
 class TestGeometry:
@@ -87,6 +89,7 @@ class TestGeometry:
         batch = a_batch(400)
         batch["image"][:] = batch["image"][:1]
         batch |= {"labels": batch["image"][..., 0] % 7, "instances": batch["image"][..., 1].astype(np.uint16) * 200}
+        batch["amodal"] = batch["image"][..., 2].astype(np.uint16) * 99
         out = run(batch, flip=0.5, vertical_flip=0.5, rotate90=True)
         assert_joint(out)
         assert len({image.tobytes() for image in out["image"]}) == 8

@@ -59,6 +59,32 @@ def test_labels_instances_and_image_agree(style, overlap):
         assert set(counts) == {1, 2, 3, 4}
 
 
+def test_amodal_masks_are_whole_digits():
+    """What is seen is part of the whole; the last digit hides nothing of itself; nothing is inked but digits."""
+    options = {"overlap": "allowed", "scale": (20, 28), "digits": (2, 4), "length": 30}
+    source, plain = create_source("digit_scenes", **options, amodal=True), create_source("digit_scenes", **options)
+    hidden = 0
+    for i in range(30):
+        example, seen = source.read(i), plain.read(i)
+        assert "amodal" not in seen and all(
+            np.array_equal(example[name], seen[name]) for name in ("image", "instances")
+        )
+        whole = [(example["amodal"] >> n & 1).astype(bool) for n in range(16)]
+        count = sum(mask.any() for mask in whole)
+        assert 2 <= count <= 4 and example["amodal"].dtype == np.uint16
+        assert np.array_equal(example["amodal"] > 0, example["instances"] > 0)
+        top = np.zeros_like(example["instances"])
+        for n in range(count):
+            top[whole[n]] = n + 1
+        assert np.array_equal(top, example["instances"])
+        hidden += sum(int((whole[n] & (example["instances"] != n + 1)).sum()) for n in range(count))
+    assert hidden > 500
+    apart = create_source("digit_scenes", overlap="none", amodal=True, length=5).read(3)
+    assert np.array_equal(apart["amodal"], np.where(apart["instances"] > 0, 1 << (apart["instances"] - 1), 0))
+    with pytest.raises(UserError, match="room for 16 digits"):
+        create_source("digit_scenes", overlap="allowed", amodal=True, digits=(1, 17))
+
+
 def test_digits_have_the_size_asked_for():
     source = create_source("digit_scenes", digits=(1, 1), scale=(20, 20), style="plain", length=40)
     longest = []

@@ -102,6 +102,28 @@ def test_cityscapes_all_classes_are_the_label_ids(tmp_path):
         create_source("cityscapes", root=str(tmp_path), split="train", ids="labelTrainIds", all_classes=True)
 
 
+def test_cityscapes_objects(tmp_path):
+    """1000 * id + k is an object; a thing's bare id is a crowd, a bare id of stuff is nothing."""
+    cityscapes_tree(tmp_path)
+    written = ids(7, 24, 26, 26_000, 26_001, 33_005, 29, 4, dtype=np.uint16)
+    paths = sorted((tmp_path / "gtFine").glob("**/*_labelIds.png"))
+    for path in paths:
+        mask(path.with_name(path.name.replace("labelIds", "instanceIds")), written)
+        mask(path, np.where(written < 1000, written, written // 1000).astype(np.uint8))
+    options = {"root": str(tmp_path), "split": "train", "ids": "labelIds", "instances": True}
+    source = create_source("cityscapes", **options)
+    example = source.read(0)
+    numbers = (0, CROWD + 24, CROWD + 26, 26_000, 26_001, 33_005, CROWD + 29, 0)
+    assert np.array_equal(example["instances"], ids(*numbers, dtype=np.uint16))
+    assert np.array_equal(example["labels"], ids(0, 11, 13, 13, 13, 18, 255, 255))
+    assert source.info.things == CITYSCAPES_CLASSES[11:] and len(source.info.things) == 8
+    assert len(create_source("cityscapes", **{**options, "ids": "auto"}, all_classes=True).info.things) == 10
+    assert create_source("cityscapes", **options, size=(3, 4)).read(0)["instances"].shape == (3, 4)
+    paths[0].with_name(paths[0].name.replace("labelIds", "instanceIds")).unlink()
+    with pytest.raises(UserError, match="has no mask"):
+        create_source("cityscapes", **options)
+
+
 def test_cityscapes_at_a_small_size(tmp_path):
     full = cityscapes_tree(tmp_path)
     large = create_source("cityscapes", root=str(tmp_path), split="train").read(1)

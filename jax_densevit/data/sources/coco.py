@@ -212,8 +212,9 @@ class CocoPanopticTfds:
     def read(self, index: int) -> Example:
         """Example `index`; numbers as of :class:`CocoPanoptic`."""
         where, example = self._records.name_of(index), self._records.read(index)
-        found = example["panoptic_objects"]
-        segments = list(zip(found["id"].tolist(), found["label"].tolist(), found["is_crowd"].tolist(), strict=True))
+        found = example["panoptic_objects"]  # a list for each feature
+        columns = (np.ravel(found[name]).tolist() for name in ("id", "label", "is_crowd"))
+        segments = [(one, label, bool(crowd)) for one, label, crowd in zip(*columns, strict=True)]
         mask = read_labels(EncodedImage(f"{where} (panoptic_image)", example["panoptic_image"]))
         maps = panoptic_maps(mask, segments, range(len(COCO_THINGS)), where)
         name = Path(example["image/filename"].decode(errors="replace")).stem
