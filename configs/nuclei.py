@@ -13,8 +13,8 @@ Words:     scratch (a small U-Net from random parameters: no weights needed), qu
 Hardware:  a laptop: two CPU cores, 3 GB of memory
 Expected:  test IoU of nuclei 0.803, test mIoU 0.885, val mIoU 0.896, at step 1000; scratch 0.765, 0.864 and 0.876 at
            step 1200 (gray pictures 0.81, stained 0.71)
-Run here:  in full, on two AMD EPYC cores shared with other work: 2026-11-25, 27 minutes of CPU time (13 on two cores
-           that do nothing else); scratch 2026-11-21, 20 minutes on the clock, 0.75 s a step when alone.
+Run here:  in full, shared with other work: on two Intel Xeon cores, 2026-11-25, 27 minutes of CPU time (13 on two cores
+           that do nothing else); scratch on two AMD EPYC cores, 2026-11-21, 20 minutes, 0.75 s a step when alone.
 """
 
 from jax_densevit.configuration import ConfigDict, default_config, default_evaluator, words
