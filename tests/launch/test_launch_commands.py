@@ -1,9 +1,11 @@
 """Every command on every backend, against programs that record how they were called."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -307,6 +309,9 @@ def test_scripts_are_clean():
     assert len(scripts) >= 4
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
-    assert shutil.which("shellcheck"), "shellcheck comes with the test extra: pip install '.[test]'"
-    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    # Beside the interpreter, so that an environment that is not activated has it too.
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shellcheck = shutil.which("shellcheck", path=beside)
+    assert shellcheck, "shellcheck comes with the test extra: pip install '.[test]'"
+    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
