@@ -20,6 +20,8 @@ from jax_densevit.models.output import DenseOutput
 from jax_densevit.models.registry import register_model
 from jax_densevit.models.unet import DoubleConv
 
+_DECODED = (*STRIDES[-2::-1], 1)  # strides of the decoder's maps
+
 
 def _macs(model: "LiteUNet", size: tuple[int, int]) -> int:
     size = tuple(-(-side // STRIDES[-1]) * STRIDES[-1] for side in size)
@@ -27,7 +29,7 @@ def _macs(model: "LiteUNet", size: tuple[int, int]) -> int:
     # The last block of every stride, in the order of strides.
     *skips, channels = [encoder.widths[stage] for stage in (0, 1, 2, 4, 6)]
     total, area = lite_macs(encoder, size), size[0] * size[1]
-    for stride, skip, features in zip((16, 8, 4, 2, 1), (*skips[::-1], 3), model.decoder, strict=True):
+    for stride, skip, features in zip(_DECODED, (*skips[::-1], 3), model.decoder, strict=True):
         total += area // stride**2 * features * (channels + 9 * (features + skip + features))
         channels = features
     return total + area * channels * model.num_classes
@@ -74,7 +76,7 @@ class LiteUNet(nn.Module):
         images = pad_to_multiple(images, STRIDES[-1])
         maps = self.encoder(name="encoder")(images, train)
         *skips, x = [maps[f"stride_{stride}"] for stride in STRIDES]
-        for stride, skip, features in zip((16, 8, 4, 2, 1), (*skips[::-1], images), self.decoder, strict=True):
+        for stride, skip, features in zip(_DECODED, (*skips[::-1], images), self.decoder, strict=True):
             x = Upsample(features, dtype=self.dtype, name=f"upsample_{stride}")(x)
             x = jnp.concatenate([x, skip.astype(x.dtype)], axis=-1)
             x = DoubleConv(features, features, self.dtype, name=f"decoder_{stride}")(x, train=train)

@@ -69,11 +69,13 @@ def test_conv_norm_is_convolution_then_normalisation_then_relu(kernel_size, use_
         (1, {"padding": 1}),
         (1, {"strides": 2}),
         (1, {"feature_group_count": 2}),
+        (1, {"input_dilation": 2, "padding": 0}),
+        (1, {"padding": "VALID", "kernel_dilation": 2}),
         (3, {}),
     ],
 )
 def test_convolve_is_the_convolution(kernel_size, options):
-    """Only a 1x1 kernel without stride, border and groups is a product; whatever else stays a convolution."""
+    """Only a 1x1 kernel without stride, border, groups and gaps is a product; whatever else stays a convolution."""
     x = jax.random.normal(jax.random.key(0), (2, 5, 4, 6))
     ours = nn.Conv(8, (kernel_size,) * 2, conv_general_dilated=convolve, **options)
     theirs = nn.Conv(8, (kernel_size,) * 2, **options)
