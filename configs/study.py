@@ -10,6 +10,9 @@ Command:   python -m jax_densevit.study --config=configs/study.py --workdir=runs
                --config.tasks.segmentation.data.train.root=/data/hypersim \
                --config.tasks.colorization.data.train.root=/data/VOC2012/JPEGImages
            python -m jax_densevit.study --config=configs/study.py:both,quick --workdir=runs/study_quick
+           python -m jax_densevit.study --config=configs/study.py:both,nuclei,small --workdir=runs/study_small \
+               --config.tasks.segmentation.data.train.root=/data/nuclei \
+               --config.tasks.colorization.data.train.root=/data/flowers
 Words:     both (default), segmentation, colorization; seq2seg, vitseg, setr (one more model each, SETR-PUP on B/16);
            nuclei (segmentation of an instance folder at 128x128 in place of Hypersim); skip (Seq2Seg with and without
            the sum over its hidden states, in place of all other models); small (the models of `quick` on crops of
@@ -37,13 +40,15 @@ def get_config(arg=""):
     study = default_study()
     for name in TASKS if chosen == "both" else (chosen,):
         study.tasks[name] = _segmentation(given, small) if name == "segmentation" else _colorization(small)
-    if quick:
-        for name, task in study.tasks.items():
-            _quick(task, name)
+        if small:
+            _minutes(study.tasks[name], 200 if quick else 300)
+        if quick:
+            _shipped(study.tasks[name], name)
+    if small:
         study.learning_rates = (1e-3, 4e-3)
         study.probe = 0.125
         study.evaluations = 4
-    crop = 64 if quick else 128 if "nuclei" in given or small else 256
+    crop = 64 if small else 128 if "nuclei" in given else 256
     models = ("unet", "dpt", "axial", "uformer", *(name for name in EXTRA if name in given))
     for name in SKIP if "skip" in given else models:
         study.models[name] = _model(name, small, crop)
@@ -153,7 +158,7 @@ def _terms(config):
 
 
 def _evaluators(config, options):
-    """Validation and test, in windows of the size of the training crops, their middle or all of it."""
+    """Validation and test, in windows of the size of the training crops: `options` say which."""
     for split in ("val", "test"):
         evaluator = default_evaluator()
         evaluator.data = ConfigDict({**options, "split": split})
@@ -171,13 +176,16 @@ def _segmentation(given, small):
     config.task = ConfigDict({"name": "segmentation", "denominator": "valid"})
     if "nuclei" in given:
         data, crop = {"name": "instance_folder", "root": "data/nuclei", "classes": ("background", "nucleus")}, 128
+        windows = "tiles"  # all of a picture: there are few
     else:
-        data, crop = {"name": "hypersim", "root": "data/hypersim", "size": (384, 512)}, 128 if small else 256
+        data, crop = {"name": "hypersim", "root": "data/hypersim", "size": (384, 512)}, 256
+        windows = "centre_crop"
+    crop = 64 if small else crop
     config.data.train = ConfigDict({**data, "split": "train"})
     config.data.crop = (crop, crop)
     config.data.flip = 0.5
     _terms(config)
-    _evaluators(config, {**data, "centre_crop": (crop, crop)})
+    _evaluators(config, {**data, windows: (crop, crop)})
     config.checkpoint.best = "val/mIoU"
     return config
 
@@ -187,7 +195,7 @@ def _colorization(small):
     config = default_config()
     # Inputs in [0, 1]: Uformer adds its input to its output in these units whatever they are, the others do not care.
     data = {"name": "photo_folder", "root": "data/photos", "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    crop = 128 if small else 256
+    crop = 64 if small else 256
     config.task = ConfigDict({"name": "colorization", "target": "rgb", "gray": "bt601"})
     config.data.train = ConfigDict({**data, "split": "train"})
     config.data.crop = (crop, crop)
@@ -198,20 +206,22 @@ def _colorization(small):
     return config
 
 
-def _quick(config, task):
-    """Data that comes with pip, crops of 64x64, minutes on two CPU cores."""
+def _minutes(config, steps):
+    """A run of minutes on two CPU cores."""
+    config.steps = steps
+    config.optimizer.warmup_steps = steps // 10
+    config.log.every = 20
+    config.checkpoint.every = steps // 2
+
+
+def _shipped(config, task):
+    """Data that comes with pip."""
     if task == "segmentation":
         data, more = {"name": "digit_scenes", "size": (64, 64), "digits": (2, 4), "scale": (20, 32)}, {"length": 128}
         config.data.flip = 0.0  # a mirrored digit is none
     else:
         # Photos of 192 pixels, so that a crop shows more than a texture; evaluated in all of their 64x64 windows.
         data, more = {"name": "sample_photos", "side": 192}, {"tiles": (64, 64)}
-        config.data.train = ConfigDict({**data, "split": "train"})
     config.data.train = ConfigDict({**data, "split": "train"})
-    config.data.crop = (64, 64)
-    config.steps = 200
-    config.optimizer.warmup_steps = 20
-    config.log.every = 20
-    config.checkpoint.every = 100
     for split, evaluator in config.eval.items():
         evaluator.data = ConfigDict({**data, **more, "split": split})

@@ -38,7 +38,7 @@ def scenes(arg, **scene):
             config.task.update(l1_weight=5.0, giou_weight=2.0)
         adamw(config, 4e-4, 1000)
     if small:
-        config.model.update(hidden_size=128, num_layers=4, num_heads=4, mlp_size=512, embedding_size=32)
+        config.model.update(hidden_size=128, num_layers=4, num_heads=4, mlp_size=512, embedding_size=32, mask_stride=2)
         config.steps = 3000
         config.optimizer.learning_rate = 1e-3
         config.optimizer.warmup_steps = 200
