@@ -6,7 +6,8 @@ a confusion matrix and a picture sheet. What differs from training is given as f
     --mode slide --crop 512 --stride 341 --scales 0.5,1.0,1.5 --flip     options of the task's decoding
     --data.root=/other/place                                             options of the evaluator's data source
 
-Scores with other decoding go to a file of their own, `eval/<name>_<options>-<step>.json`.
+Scores with other decoding go to a file of their own, `eval/<name>_<options>-<step>.json`. Several processes share the
+work when each runs the command with the flags of `train` for that (`--distributed`, or `--coordinator` and its like).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from rich.table import Table
 from jax_densevit.console import progress_bar, run_command, split_options
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import Evaluator, Loaded, build_evaluators, load, versions
+from jax_densevit.hosts import add_flags, together
 from jax_densevit.training.evaluation import Evaluation, evaluate, save_evaluation
 from jax_densevit.training.mesh import make_mesh
 
@@ -36,7 +38,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--which", choices=("best", "ema", "params"), default="best", help="which weights of it")
     parser.add_argument("--batch_size", type=int, default=0, help="by default the evaluator's")
     parser.add_argument("--limit", type=int, help="only the first so many examples; 0 = all")
+    add_flags(parser)
     arguments, rest = parser.parse_known_args(argv)
+    with together(arguments):
+        return _run(arguments, rest)
+
+
+def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     options = split_options(rest)
     data = {name.removeprefix("data."): value for name, value in options.items() if name.startswith("data.")}
     decode = {name: value for name, value in options.items() if not name.startswith("data.")}

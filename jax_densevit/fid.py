@@ -10,6 +10,9 @@ Protocols: `as_they_are` (any two sets), `coltran_5k` (5,000 pictures against 5,
 protocols, networks, ways of resizing, references or counts say nothing beside each other; so all of that is in the
 result.
 
+Several processes share the work when each runs the command with the flags of `train` for that (`--distributed`, or
+`--coordinator` and its like); the first one prints and writes.
+
 Exit codes: 0 done, 2 done but some pictures were unreadable (each is named), 1 nothing could be compared.
 """
 
@@ -29,6 +32,7 @@ from jax_densevit.distances.protocols import PROTOCOLS, Protocol, find_pictures
 from jax_densevit.distances.statistics_file import is_statistics, load_statistics, save_statistics
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import versions
+from jax_densevit.hosts import add_flags, together
 from jax_densevit.training.mesh import make_mesh
 from jax_densevit.writing import write_json
 
@@ -51,8 +55,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--save_reference", help="write the reference's statistics to this .npz")
     parser.add_argument("--output", help="write the result to this JSON file")
     parser.add_argument("--batch_size", type=int, default=32, help="of all devices together")
+    add_flags(parser)
     arguments = parser.parse_args(argv)
     _check(arguments)
+    with together(arguments):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     protocol = PROTOCOLS[arguments.protocol]
     pictures = find_pictures(arguments.pictures, arguments.picture_list)
     cached = is_statistics(arguments.reference)

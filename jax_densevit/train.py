@@ -13,9 +13,6 @@ error, said in one sentence.
 """
 
 import argparse
-import os
-import sys
-import traceback
 from collections.abc import Sequence
 
 import jax
@@ -24,6 +21,7 @@ from jax_densevit.configuration import read_config, split_overrides
 from jax_densevit.console import run_command
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import build
+from jax_densevit.hosts import add_flags, together
 from jax_densevit.planning import device_counts, dry_run, virtual_devices
 from jax_densevit.training.checkpoint import local_folder
 from jax_densevit.training.trainer import train
@@ -42,10 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="no lines and no progress bar")
     parser.add_argument("--strict", action="store_true", help="stop at a damaged checkpoint, do not use the one before")
     parser.add_argument("--compile_cache", metavar="DIR", help="keep compiled programs here: a restart starts sooner")
-    parser.add_argument("--distributed", action="store_true", help="several processes, found out from the cluster")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens")
-    parser.add_argument("--num_processes", type=int, help="how many processes there are")
-    parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
+    add_flags(parser)
     overrides, rest = split_overrides(list(argv))
     arguments = parser.parse_args(rest)
     if arguments.workdir is None and not arguments.dry_run:
@@ -61,19 +56,8 @@ def main(argv: Sequence[str]) -> int:
     if counts:
         dry_run(config, counts)
         return 0
-    if not _connect(arguments):
+    with together(arguments):
         return _run(config, arguments)
-    try:
-        return _run(config, arguments)
-    except BaseException as error:
-        # At a normal exit JAX would wait minutes for processes that wait for this one.
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
 
 
 def _run(config, arguments: argparse.Namespace) -> int:
@@ -81,23 +65,6 @@ def _run(config, arguments: argparse.Namespace) -> int:
         dry_run(config)
         return 0
     return train(build(config), arguments.workdir, quiet=arguments.quiet, strict=arguments.strict)
-
-
-def _connect(arguments: argparse.Namespace) -> bool:
-    """Joins the other processes, if there are any; whether it did."""
-    three = (arguments.coordinator, arguments.num_processes, arguments.process_id)
-    if not arguments.distributed and three == (None, None, None):
-        return False
-    if not arguments.distributed and None in three:
-        raise UserError("--coordinator, --num_processes and --process_id belong together; give all three.")
-    try:
-        jax.distributed.initialize(*three, initialization_timeout=120)
-    except (RuntimeError, ValueError) as error:
-        cause = str(error).splitlines()[0]
-        raise UserError(
-            f"The processes did not find each other: {cause}. Were all of them started, with the same coordinator?"
-        ) from error
-    return True
 
 
 def run() -> None:

@@ -17,7 +17,7 @@ from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.activation import gelu_exact
 from jax_densevit.layers.attention import SelfAttention, attention_macs
 from jax_densevit.layers.normalization import LayerNorm
-from jax_densevit.layers.placement import whole_layer
+from jax_densevit.layers.placement import layer_maker
 from jax_densevit.layers.product import flat_product
 
 # What the backward pass finds in memory, and what it computes again.
@@ -180,16 +180,15 @@ class Encoder(nn.Module):
         )
         rates = jnp.asarray(np.linspace(0.0, self.drop_path, self.num_layers), jnp.float32)
 
-        def apply(x, layer, segment=None):
+        def apply(whole, x, layer):
             params, rate, key = layer
-            if segment is not None:
-                params = whole_layer((*self.path, segment), params)
-            return block.apply({"params": params}, x, rate, train=train, rngs=None if key is None else {"dropout": key})
+            rngs = None if key is None else {"dropout": key}
+            return block.apply({"params": whole(params)}, x, rate, train=train, rngs=rngs)
 
         outputs = {}
         for (start, stop), params in held.items():
-            segment = segment_name(start, stop) if self.scan else None
-            run = rematerialise(functools.partial(apply, segment=segment), self.remat, prevent_cse=not self.scan)
+            whole = layer_maker((*self.path, segment_name(start, stop))) if self.scan else lambda params: params
+            run = rematerialise(functools.partial(apply, whole), self.remat, prevent_cse=not self.scan)
             if self.scan:
                 layers = (params, rates[start:stop], None if drop_keys is None else drop_keys[start:stop])
                 x, _ = jax.lax.scan(lambda x, layer, run=run: (run(x, layer), None), x, layers)

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax_densevit.errors import UserError
 from jax_densevit.layers.axial_attention import COLUMN, ROW, axial_attention
 from jax_densevit.layers.embedding import native_grid, resize_positions, torch_uniform
+from jax_densevit.layers.placement import layer_maker
 from jax_densevit.layers.product import flat_product
 from jax_densevit.layers.reversible import residual, reversible
-from jax_densevit.layers.transformer import hold_blocks, layer_norm
+from jax_densevit.layers.transformer import hold_blocks, layer_norm, segment_name
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.models.registry import register_model
 
@@ -229,7 +230,10 @@ class AxialLayers(nn.Module):
         (held,) = hold_blocks(self, init, self.num_layers, scan=self.scan).values()
 
         def function(name):
-            return lambda params, x: branches[name].apply({"params": params}, x)
+            if not self.scan:
+                return lambda params, x: branches[name].apply({"params": params}, x)
+            whole = layer_maker((*self.path, segment_name(0, self.num_layers), name))
+            return lambda params, x: branches[name].apply({"params": whole(params)}, x)
 
         pairs = (("height", "width"), ("mlp1", "mlp2"))
         blocks = tuple((function(f), function(g)) for f, g in pairs)

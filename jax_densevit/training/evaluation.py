@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_densevit.data.order import host_rows
 from jax_densevit.data.pipeline import evaluation_plan, evaluation_stream
 from jax_densevit.data.source import Source
 from jax_densevit.tasks.rooms import cut, give_room
@@ -81,6 +82,9 @@ def evaluate(
     roomy = len({planned.size for planned in plan}) > EXACT_SIZES
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     stream = evaluation_stream(source, plan, threads=threads, **processes)
+    # Which row of the plan lies where: a mesh that follows the machine's wires need not have the hosts in their order.
+    own = host_rows(len(plan[0].indices), **processes)
+    numbers = np.arange(own.start, own.stop, dtype=np.int32)
     metrics, measure = task.metrics(), _measure(task, mesh)
     states = {name: metric.empty() for name, metric in metrics.items()}
     count, examples, pending = 0, {}, None
@@ -99,12 +103,13 @@ def evaluate(
             if roomy:
                 rows = give_room(rows, {"labels": source.info.ignore})
             size = {"size": rows.pop("size")} if roomy else {}
-            batch = {**put_batch(rows, mesh), **size}
+            batch = {**put_batch({**rows, "row": numbers}, mesh), **size}
+            where = batch.pop("row")
             predictions = task.decode(forward, batch)
             measured = measure(predictions, batch)
             for row, index in enumerate(planned.indices):
                 if index in shown:
-                    fetched = jax.device_get(_row(mesh)(predictions, row))
+                    fetched = jax.device_get(_row(mesh)(predictions, where, row))
                     fetched = cut(fetched, batch["image"].shape[1:3], planned.size)
                     examples[index] = {f"predicted_{name}": value for name, value in fetched.items()}
             if pending is not None:  # read one batch late: the devices never wait for the host
@@ -168,7 +173,12 @@ def _measure(task: Task, mesh: Mesh) -> Callable:
 @functools.lru_cache(maxsize=8)
 def _row(mesh: Mesh) -> Callable:
     """One row of every array, whole on every host."""
-    return jax.jit(lambda arrays, row: jax.tree.map(lambda array: array[row], arrays), out_shardings=replicated(mesh))
+
+    def one(arrays, rows, row):
+        place = jnp.argmax(rows == row)
+        return jax.tree.map(lambda array: array[place], arrays)
+
+    return jax.jit(one, out_shardings=replicated(mesh))
 
 
 def _json_ready(numbers: dict[str, float]) -> dict[str, float | None]:

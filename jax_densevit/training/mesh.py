@@ -2,14 +2,19 @@
 
 Axes: "data" (replicas), "fsdp" (replicas that also divide the parameters among themselves), "tensor" (devices that work
 on the same examples). A batch is divided over "data" and "fsdp" together.
+
+Devices of several slices (TPU slices joined by the data center's network, or GPU nodes) are laid out so that as little
+as possible crosses the slow network: replicas first.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_densevit.errors import UserError
@@ -27,7 +32,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
     Raises:
       UserError: sizes that do not multiply to the number of devices, or a "tensor" axis that crosses processes (each
-        process feeds its own examples, so devices that share examples must share a process).
+        process feeds its own examples, so devices that share examples must share a process) or slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -46,7 +51,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
             f"mesh: {asked} does not fit {len(devices)} device(s); the sizes must multiply to exactly that number "
             "(set one of them to -1)."
         )
-    mesh = jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    mesh = Mesh(arrange(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * 3)
     for row in mesh.devices.reshape(-1, sizes["tensor"]):
         if len({device.process_index for device in row}) > 1:
             raise UserError(
@@ -54,6 +59,33 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
                 "devices of one process."
             )
     return mesh
+
+
+def arrange(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the order of a mesh of `sizes` (of `AXES`), neighbors in it being neighbors in the machine.
+
+    Of several slices (`device.slice_index`) "data" goes over as many as it can, "fsdp" over what is left, and "tensor"
+    stays within one: a replica's gradient is one sum a step, gathered parameters are sent layer by layer.
+
+    Raises:
+      UserError: slices of different sizes, or sizes for which "tensor" would have to leave a slice.
+    """
+    counts = Counter(getattr(device, "slice_index", None) for device in devices)
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    if len(counts) < 2:
+        return mesh_utils.create_device_mesh(sizes, **options)
+    data, fsdp, tensor = sizes
+    if len(set(counts.values())) > 1:
+        raise UserError(f"mesh: the slices have {sorted(counts.values())} devices; a mesh needs equal ones.")
+    replicas = math.gcd(data, len(counts))
+    parts = len(counts) // replicas
+    if fsdp % parts:
+        raise UserError(
+            f"mesh: data={data}, fsdp={fsdp}, tensor={tensor} cannot be laid over {len(counts)} slices; their number "
+            "must divide data, or at least data x fsdp: the devices of tensor share a slice."
+        )
+    inside = (data // replicas, fsdp // parts, tensor)
+    return mesh_utils.create_hybrid_device_mesh(inside, (replicas, parts, 1), **options)
 
 
 def batch_shards(mesh: Mesh) -> int:

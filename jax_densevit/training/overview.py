@@ -17,7 +17,7 @@ from rich.table import Table
 from jax_densevit.training.collectives import Collective, find_collectives
 from jax_densevit.training.forecast import CHIPS, UTILISATION, Forecast, forecast
 from jax_densevit.training.paths import named_leaves
-from jax_densevit.training.sharding import MINIMUM_BYTES, large_replicated, size_in_bytes
+from jax_densevit.training.sharding import LARGE, large_replicated, size_in_bytes
 from jax_densevit.training.state import TrainState
 from jax_densevit.training.step import Step
 
@@ -127,7 +127,7 @@ def overview(
     batch: Mapping[str, Any],
     *,
     macs: int | None = None,
-    minimum_bytes: int = MINIMUM_BYTES,
+    minimum_bytes: int = LARGE,
 ) -> Overview:
     """Compiles a step from shapes and collects what is to be known about it.
 

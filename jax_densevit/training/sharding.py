@@ -1,8 +1,11 @@
 """Where parameters and optimizer states live on the mesh.
 
-Automatic FSDP (as in big_vision and Kauldron): a tensor above a size is divided over "fsdp" along its largest dimension
-that can be; smaller ones are copied to every device, because gathering them would cost more than it saves. Rules for a
-model (tensor parallelism) go first and leave the dimensions that they do not name to FSDP.
+Automatic FSDP: tensors are divided over "fsdp" along their largest dimension that can be, the largest tensors first,
+until what every device still holds whole is small beside its share: small tensors cost more to gather than they save.
+Rules go first, those of the config and then those of the layers that models are made of (tensor parallelism), and leave
+the dimensions that they do not name to FSDP.
+
+Rules know layers, not stacks of them: where layers are scanned, the axis that counts them is not a dimension of a rule.
 """
 
 import contextlib
@@ -17,10 +20,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_densevit.errors import UserError, did_you_mean
 from jax_densevit.layers.placement import layers_made_whole_by
+from jax_densevit.models.tensor_parallel import tensor_dimension
 from jax_densevit.training.mesh import AXES, replicated
 from jax_densevit.training.paths import first_match, named_leaves, path_name
 
-MINIMUM_BYTES = 4 * 2**20
+LARGE = 4 * 2**20  # bytes from which a tensor that nobody could divide is reported
+COPIES = 0.05  # what a device may hold whole, of its share of all parameters
 STACKED_LAYERS = re.compile(r"(^|/)blocks_\d+_\d+/")  # what `layers.transformer.Encoder` scans over
 
 # (regular expression over "a/b/c", one entry per dimension: an axis name, a tuple of names, or None)
@@ -32,7 +37,7 @@ def size_in_bytes(array: Any) -> int:
     return math.prod(array.shape) * array.dtype.itemsize
 
 
-def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), minimum_bytes: int = MINIMUM_BYTES) -> Any:
+def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), minimum_bytes: int | None = None) -> Any:
     """A tree like `params` with the sharding of every parameter.
 
     Args:
@@ -40,47 +45,83 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), min
       mesh: from `make_mesh`.
       rules: `(pattern, axes per dimension)`; the first pattern found in a parameter's path decides. Dimensions given as
         None stay free for FSDP, unless the rule names no axis at all: such a parameter is copied to every device.
-      minimum_bytes: tensors of at least this size are divided over "fsdp".
+        Parameters that none of them matches follow `models.tensor_parallel.RULES`, as far as their sizes allow.
+      minimum_bytes: tensors of at least this size are divided over "fsdp"; None leaves as many of the smallest whole as
+        `COPIES` allows, so that what a device holds falls as one over the size of the axis.
 
     Raises:
       UserError: a rule that matches nothing, names an unknown axis, names one axis twice, has more entries than the
-        parameter has dimensions, or divides a dimension that cannot be divided; a "tensor" axis that no rule uses.
+        parameter has dimensions, or divides a dimension that cannot be divided; a "tensor" axis that divides nothing.
     """
-    leaves = named_leaves(params)
     rules = [(pattern, _normal(pattern, axes)) for pattern, axes in rules]
-    if mesh.shape["tensor"] > 1 and not any("tensor" in names for _, axes in rules for names in axes):
-        raise UserError(
-            f"mesh.tensor is {mesh.shape['tensor']}, but no entry of sharding_rules divides anything over it: its "
-            "devices would repeat each other's work; add a rule, or set mesh.tensor to 1."
-        )
+    leaves = named_leaves(params)
     decided = first_match([pattern for pattern, _ in rules], leaves, "sharding_rules")
-
-    def sharding(path, leaf) -> NamedSharding:
-        name = path_name(path)
-        axes: list[tuple[str, ...]] = [()] * leaf.ndim
-        automatic = True
+    parts, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    divided: dict[str, list[tuple[str, ...]]] = {}  # axis names per dimension
+    free: dict[str, int] = {}  # the dimension that FSDP may take
+    for name, leaf in leaves.items():
+        layers = 1 if STACKED_LAYERS.search(name) else 0
+        shape = leaf.shape[layers:]
+        axes: list[tuple[str, ...]] = [()] * len(shape)
+        automatic = parts > 1
         if name in decided:
             pattern, given = rules[decided[name]]
-            if len(given) > leaf.ndim:
-                raise UserError(
-                    f"sharding_rules: {pattern!r} gives {len(given)} dimensions, but {name} has shape {leaf.shape}."
-                )
-            axes[: len(given)] = given
-            for size, names in zip(leaf.shape, axes, strict=True):
-                parts = math.prod(mesh.shape[axis] for axis in names)
-                if size % parts:
-                    raise UserError(
-                        f"sharding_rules: {pattern!r} divides a dimension of {size} of {name} {leaf.shape} into "
-                        f"{parts} parts over {names}; choose another dimension or axis size."
-                    )
-            automatic = any(given) and not any("fsdp" in names for names in given)
-        if automatic and mesh.shape["fsdp"] > 1 and size_in_bytes(leaf) >= minimum_bytes:
-            free = [d for d in range(leaf.ndim) if not axes[d] and leaf.shape[d] % mesh.shape["fsdp"] == 0]
-            if free:
-                axes[max(free, key=lambda d: leaf.shape[d])] = ("fsdp",)
-        return NamedSharding(mesh, _spec(axes))
+            axes = _ruled(pattern, given, name, shape, mesh)
+            automatic = automatic and any(given) and not any("fsdp" in names for names in given)
+        elif tensor > 1:
+            dimension = tensor_dimension(name, shape)
+            if dimension is not None and shape[dimension] % tensor == 0:
+                axes[dimension] = ("tensor",)
+        divided[name] = [()] * layers + axes
+        possible = [d for d in range(len(shape)) if not axes[d] and shape[d] % parts == 0] if automatic else []
+        if possible:
+            free[name] = layers + max(possible, key=lambda d, shape=shape: shape[d])
+    if tensor > 1 and not any("tensor" in names for axes in divided.values() for names in axes):
+        raise UserError(
+            f"mesh.tensor is {tensor}, but nothing of this model is divided over it, so its devices would repeat each "
+            "other's work: none of its heads and hidden sizes can be, and no entry of sharding_rules says another "
+            "dimension. Choose another size, add a rule, or set mesh.tensor to 1."
+        )
+    if minimum_bytes is None:
+        sizes = {
+            name: size_in_bytes(leaf) // math.prod(mesh.shape[axis] for names in divided[name] for axis in names)
+            for name, leaf in leaves.items()
+        }
+        taken = _worth_dividing(sizes, free, parts)
+    else:
+        taken = {name for name in free if size_in_bytes(leaves[name]) >= minimum_bytes}
+    for name in taken:
+        divided[name][free[name]] = ("fsdp",)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: NamedSharding(mesh, _spec(divided[path_name(path)])), params
+    )
 
-    return jax.tree_util.tree_map_with_path(sharding, params)
+
+def _worth_dividing(sizes: dict[str, int], free: dict[str, int], parts: int) -> set[str]:
+    """All of `free` but the smallest, which with what cannot be divided stay below `COPIES` of a device's share."""
+    whole = sum(size for name, size in sizes.items() if name not in free)
+    budget = COPIES * sum(sizes.values()) / parts
+    names = sorted(free, key=lambda name: sizes[name])
+    while names and whole + sizes[names[0]] <= budget:
+        whole += sizes[names.pop(0)]
+    return set(names)
+
+
+def _ruled(
+    pattern: str, given: list[tuple[str, ...]], name: str, shape: tuple[int, ...], mesh: Mesh
+) -> list[tuple[str, ...]]:
+    """What a rule of the config says of a parameter: axis names per dimension."""
+    if len(given) > len(shape):
+        raise UserError(f"sharding_rules: {pattern!r} gives {len(given)} dimensions, but {name} has shape {shape}.")
+    axes = [*given, *[()] * (len(shape) - len(given))]
+    for size, names in zip(shape, axes, strict=True):
+        parts = math.prod(mesh.shape[axis] for axis in names)
+        if size % parts:
+            raise UserError(
+                f"sharding_rules: {pattern!r} divides a dimension of {size} of {name} {shape} into {parts} parts over "
+                f"{names}; choose another dimension or axis size."
+            )
+    return axes
 
 
 def _spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:
@@ -125,7 +166,7 @@ def gathered(params: Any, shardings: Any) -> Iterator[Any]:
     A device then never holds more than one layer of them whole, and their gradients are divided layer by layer.
     """
     named, places = named_leaves(params), dict(zip(named_leaves(params), jax.tree.leaves(shardings), strict=True))
-    stacked = {name for name in named if STACKED_LAYERS.search(name) and "fsdp" not in places[name].spec[:1]}
+    stacked = {name for name in named if STACKED_LAYERS.search(name)}
 
     def place(path, leaf):
         name = path_name(path)
@@ -191,7 +232,7 @@ def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def large_replicated(params: Any, shardings: Any, minimum_bytes: int = MINIMUM_BYTES) -> dict[str, int]:
+def large_replicated(params: Any, shardings: Any, minimum_bytes: int = LARGE) -> dict[str, int]:
     """Bytes by path of the large parameters that every device holds whole although the mesh could divide them.
 
     Empty where the mesh has neither an "fsdp" nor a "tensor" axis: copies are then what was asked for.

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jax_densevit.tasks.task import Task
 from jax_densevit.training.mesh import replicated
-from jax_densevit.training.sharding import MINIMUM_BYTES, Rule, like_parameters, parameter_shardings
+from jax_densevit.training.sharding import Rule, like_parameters, parameter_shardings
 
 
 @flax.struct.dataclass
@@ -74,7 +74,7 @@ def abstract_state(
 
 
 def state_shardings(
-    state: TrainState, mesh: Mesh, rules: Sequence[Rule] = (), minimum_bytes: int = MINIMUM_BYTES
+    state: TrainState, mesh: Mesh, rules: Sequence[Rule] = (), minimum_bytes: int | None = None
 ) -> TrainState:
     """The sharding of every leaf of a state: moments and average lie where their parameters lie.
 

@@ -5,20 +5,19 @@ import hashlib
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_network import tiny_network
 
 from jax_densevit import fid
 from jax_densevit.distances import networks, statistics_file
 from jax_densevit.distances.compare import compare, measure
-from jax_densevit.distances.networks import FeatureNetwork, load_network
+from jax_densevit.distances.networks import load_network
 from jax_densevit.distances.protocols import PROTOCOLS, find_pictures, name_facts
 from jax_densevit.errors import UserError
 from jax_densevit.metrics.frechet import count
 from jax_densevit.metrics.image import colorfulness
-from jax_densevit.models.efficientnet_lite import EfficientNetLite
 from jax_densevit.training.mesh import make_mesh
 
 PLAIN, PAIRED = PROTOCOLS["as_they_are"], PROTOCOLS["paired_256"]
@@ -26,19 +25,7 @@ PLAIN, PAIRED = PROTOCOLS["as_they_are"], PROTOCOLS["paired_256"]
 
 @pytest.fixture(scope="module")
 def network():
-    widths = {"widths": (2, 2, 3, 3, 3, 3, 4), "repeats": (1,) * 7, "stem_width": 2, "head_width": 5}
-    model = EfficientNetLite(num_classes=2, **widths)
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        near = {"scale": 2.0, "var": 1.0}.get(path[-1].key, 0.0)
-        return (near + 0.5 * rng.uniform(-1, 1, leaf.shape)).astype(np.float32)
-
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    variables = jax.tree_util.tree_map_with_path(fill, shapes)
-    return FeatureNetwork(
-        "efficientnet_lite0", "fd_tiny", "kd_tiny", model, variables, "0" * 64, (32, 32), "clean", (127, 128)
-    )
+    return tiny_network()
 
 
 @pytest.fixture(scope="module")

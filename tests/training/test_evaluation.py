@@ -195,4 +195,5 @@ def test_two_processes_give_what_one_gives():
 
 if __name__ == "__main__":  # one of the processes of the test above
     jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-    print(summary_of(make_mesh()))
+    # As on a TPU, whose mesh follows its wires: the devices of both processes by turns.
+    print(summary_of(make_mesh(devices=jax.devices()[::2] + jax.devices()[1::2])))

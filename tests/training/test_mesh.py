@@ -1,9 +1,11 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from jax_densevit.errors import UserError
-from jax_densevit.training.mesh import batch_sharding, check_batch_size, make_mesh, put_batch, replicated
+from jax_densevit.training.mesh import arrange, batch_sharding, check_batch_size, make_mesh, put_batch, replicated
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,67 @@ def test_sizes_that_do_not_fit_are_refused(asked, message):
 
 def test_a_mesh_of_some_devices():
     assert make_mesh(data=3, devices=jax.devices()[2:5]).devices.flatten().tolist() == jax.devices()[2:5]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX's layout of meshes asks of a TPU chip: four of a slice are a square, two of them a host's."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        return (self.id % 2, self.id // 2 % 2, 0)
+
+    @property
+    def process_index(self):
+        return self.id // 2
+
+
+def chips(*slices):
+    """Chips by the number of each one's slice, in an order that mixes them."""
+    made = [Chip(i, number) for i, number in enumerate(slices)]
+    return made[::2] + made[1::2]
+
+
+def slices_of(sizes, *slices):
+    """Which slice every place of a mesh lies in."""
+    return np.vectorize(lambda chip: chip.slice_index)(arrange(sizes, chips(*slices)))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (2, 1, 4), (4, 2, 1), (8, 1, 1)])
+def test_replicas_go_over_slices_and_all_else_stays_inside(sizes):
+    found = slices_of(sizes, 0, 0, 0, 0, 1, 1, 1, 1)
+    half = sizes[0] // 2
+    assert found.shape == sizes and set(found[:half].flat) == {0} and set(found[half:].flat) == {1}
+    devices = arrange(sizes, chips(0, 0, 0, 0, 1, 1, 1, 1))
+    assert len(set(devices.flat)) == 8
+
+
+def test_fsdp_crosses_slices_where_replicas_are_too_few():
+    found = slices_of((2, 4, 2), *np.repeat(range(4), 4))
+    assert found.shape == (2, 4, 2)
+    for replica in range(2):
+        for part in range(2):
+            assert len(set(found[replica, 2 * part : 2 * part + 2].flat)) == 1
+    assert set(found.flat) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices", "message"),
+    [
+        ((1, 1, 8), np.repeat([0, 1], 4), r"tensor=8 cannot be laid over 2 slices; their number must divide data"),
+        ((2, 2, 3), np.repeat([0, 1, 2], 4), "cannot be laid over 3 slices"),
+        ((2, 2, 1), (0, 0, 0, 1), r"slices have \[1, 3\] devices"),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(sizes, slices, message):
+    with pytest.raises(UserError, match=message):
+        arrange(sizes, chips(*slices))
 
 
 def test_put_batch_divides_rows_over_data_and_fsdp_and_keeps_them():

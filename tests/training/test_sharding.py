@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -6,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_densevit.errors import UserError
 from jax_densevit.training.mesh import make_mesh
+from jax_densevit.training.paths import named_leaves
 from jax_densevit.training.sharding import large_replicated, like_parameters, parameter_shardings
 
 SHAPES = {
@@ -67,12 +70,84 @@ def test_a_rule_without_axes_keeps_whole_copies():
         ([("bias", ("tensr",))], "mesh axis 'tensr'; did you mean 'tensor'"),
         ([("mlp/kernel", ("tensor", "tensor"))], "names the mesh axis 'tensor' twice"),
         ([("bias", "tensor")], "needs one entry per dimension"),
-        ([], "mesh.tensor is 2, but no entry of sharding_rules"),
     ],
 )
 def test_rules_that_cannot_work_are_refused(rules, message):
     with pytest.raises(UserError, match=message):
         specs(make_mesh(data=2, fsdp=2, tensor=2), rules)
+
+
+LAYERS = {
+    "encoder": {
+        "block_0": {"attention": {"qkv": {"kernel": (8, 3, 4, 2), "bias": (3, 4, 2)}, "out": {"kernel": (4, 2, 8)}}},
+        "blocks_1_3": {"mlp": {"fc1": {"kernel": (2, 8, 32), "bias": (2, 32)}, "fc2": {"kernel": (2, 32, 8)}}},
+    },
+    "first": {"conv": {"kernel": (3, 3, 4, 6)}, "norm": {"scale": (6,)}},
+    "second": {"conv": {"kernel": (3, 3, 6, 4)}, "norm": {"scale": (4,)}},
+    "head": {"kernel": (8, 7)},
+}
+
+
+def found_by_name(mesh, rules=(), minimum_bytes=2**30):
+    return {
+        path: sharding.spec
+        for path, sharding in named_leaves(parameter_shardings(shapes(LAYERS), mesh, rules, minimum_bytes)).items()
+    }
+
+
+def test_heads_hidden_channels_and_pairs_of_convolutions_go_over_tensor_by_themselves():
+    found = found_by_name(make_mesh(data=4, tensor=2))
+    block, stack = "encoder/block_0/attention", "encoder/blocks_1_3/mlp"
+    assert found == {
+        f"{block}/qkv/kernel": P(None, None, "tensor"),
+        f"{block}/qkv/bias": P(None, "tensor"),
+        f"{block}/out/kernel": P("tensor"),
+        # The axis that stacks scanned layers comes first, and is not counted.
+        f"{stack}/fc1/kernel": P(None, None, "tensor"),
+        f"{stack}/fc1/bias": P(None, "tensor"),
+        f"{stack}/fc2/kernel": P(None, "tensor"),
+        "first/conv/kernel": P(None, None, None, "tensor"),
+        "first/norm/scale": P("tensor"),
+        "second/conv/kernel": P(None, None, "tensor"),
+        "second/norm/scale": P(),
+        "head/kernel": P(),
+    }
+
+
+def test_what_the_axis_does_not_divide_stays_whole_or_goes_to_fsdp():
+    found = found_by_name(make_mesh(data=1, fsdp=2, tensor=4), minimum_bytes=0)
+    assert found["encoder/block_0/attention/qkv/kernel"] == P("fsdp", None, "tensor")
+    assert found["first/conv/kernel"] == P(None, None, None, "fsdp")  # 6 channels are no multiple of 4
+    assert found["first/norm/scale"] == P("fsdp")
+    assert found["encoder/blocks_1_3/mlp/fc1/kernel"] == P(None, "fsdp", "tensor")  # never the axis of layers
+    with pytest.raises(UserError, match="mesh.tensor is 8, but nothing of this model is divided over it"):
+        parameter_shardings(shapes({"qkv": {"kernel": (8, 3, 4, 2)}}), make_mesh(data=1, tensor=8))
+
+
+def test_rules_of_the_config_go_before_those_of_the_layers():
+    rules = [("fc1/kernel", ("tensor",)), ("attention", ())]
+    found = found_by_name(make_mesh(data=4, tensor=2), rules)
+    assert found["encoder/blocks_1_3/mlp/fc1/kernel"] == P(None, "tensor")  # a layer's first dimension
+    assert found["encoder/blocks_1_3/mlp/fc2/kernel"] == P(None, "tensor")
+    assert found["encoder/block_0/attention/qkv/kernel"] == P()
+    with pytest.raises(UserError, match=r"gives 3 dimensions, but encoder/blocks_1_3/mlp/fc1/kernel has shape \(8, 32"):
+        found_by_name(make_mesh(data=4, tensor=2), [("fc1/kernel", (None, None, "tensor"))])
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_what_is_left_whole_is_a_twentieth_of_a_share_at_most(parts):
+    """Whatever the sizes: a thousandth of everything is small for two devices and large for eight."""
+    sizes = {"large": (1024, 64), "middle": (64, 8), "small": (8,), "never": (7,)}
+    params = shapes({name: {"kernel": size} for name, size in sizes.items()})
+    found = parameter_shardings(params, make_mesh(data=1, fsdp=parts, devices=jax.devices()[:parts]))
+    held = sum(
+        4 * math.prod(sharding.shard_shape(leaf.shape))
+        for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(found), strict=True)
+    )
+    total = sum(4 * math.prod(size) for size in sizes.values())
+    assert total / parts < held < 1.05 * total / parts
+    divided = {name.partition("/")[0] for name, one in named_leaves(found).items() if not one.is_fully_replicated}
+    assert divided == ({"large"} if parts < 8 else {"large", "middle"})
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class Training:
     """A state and its compiled step on a mesh."""
 
     def __init__(self, *, model=None, task=None, batch=None, mesh=None, config=None, rules=(), minimum_bytes=2**22,
-                 ema=0.0, steps=100, freeze=True, **options):  # fmt: skip
+                 ema=0.0, steps=100, freeze=True, start=None, **options):  # fmt: skip
         self.mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         self.model, self.task = model or TinyModel(), task or TinyTask()
         self.batch = tiny_batch() if batch is None else batch
@@ -99,7 +99,11 @@ class Training:
         self.abstract = abstract_state(self.model, self.task, self.optimizer, shapes, ema=bool(ema))
         self.shardings = state_shardings(self.abstract, self.mesh, rules, minimum_bytes)
         self.shapes = shapes
-        self.state = init_state(self.model, self.task, self.optimizer, shapes, self.shardings, seed=3, ema=bool(ema))
+        if start is None:
+            more = {"seed": 3, "ema": bool(ema)}
+            self.state = init_state(self.model, self.task, self.optimizer, shapes, self.shardings, **more)
+        else:
+            self.state = start(self.abstract, self.shardings)
         self.step = make_train_step(
             self.model,
             self.task,

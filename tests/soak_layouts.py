@@ -1,0 +1,86 @@
+"""Trains every model on eight virtual devices in every layout and compares with one device, at sizes near real ones.
+
+    python tests/soak_layouts.py [--steps 2] [--only NAME ...]
+
+Parameters have the published widths or half of them, pictures are small. Exit code 0 when the losses and norms of every
+step and the parameters afterwards are those of one device within 1e-5, in float32. The tests do the same with the
+smallest models that eight devices divide (`tests/training/test_step_models.py`).
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false",
+}
+sys.path[:0] = [str(HERE.parent), str(HERE / "training")]
+
+import layouts  # noqa: E402
+
+from jax_densevit.training.mesh import make_mesh  # noqa: E402
+
+LIMIT = 1e-5
+_INSTANCES = {"slots": 4}
+_COLTRAN = {"variant": "small", "image_size": 16}
+# As `layouts.TINY`.
+MODELS: dict[str, tuple[str, dict, str, dict, int]] = {
+    "setr": ("setr_pup", {"variant": "S/16", "image_size": 64, "scan": True, "remat": "full"}, "segmentation", {}, 64),
+    "dpt": ("dpt", {"variant": "base", "num_layers": 4, "image_size": 64}, "segmentation", {}, 64),
+    "uformer": ("uformer", {"variant": "S", "depths": (2,) + (1,) * 8}, "colorization", {}, 32),
+    "unet": ("unet", {"variant": "64"}, "segmentation", {}, 32),
+    "unet_lite": ("unet_lite", {}, "segmentation", {}, 64),
+    "axial": ("axial", {"num_layers": 4, "scan": True}, "segmentation", {}, 16),
+    "colorizer": ("coltran_colorizer", _COLTRAN, "coltran_colorizer", {"image_size": 16, "photo_size": 16}, 16),
+    "color upsampler": (
+        "coltran_color_upsampler",
+        _COLTRAN,
+        "coltran_color_upsampler",
+        {"image_size": 16, "coarse_size": 16, "photo_size": 16},
+        16,
+    ),
+    "spatial upsampler": (
+        "coltran_spatial_upsampler",
+        _COLTRAN,
+        "coltran_spatial_upsampler",
+        {"image_size": 16, "coarse_size": 4, "photo_size": 16},
+        16,
+    ),
+    "instance_seq2seg": ("instance_seq2seg", {"variant": "embedding"}, "instances", _INSTANCES, 32),
+    "hungarian_unet": ("hungarian_unet", {"variant": "32"}, "instances", _INSTANCES, 32),
+    "queries on unet": ("queries", {"variant": "unet", "image_size": 64}, "instances", _INSTANCES, 64),
+}
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    given = parser.parse_args()
+    failed = []
+    print(f"{'model':20} {'layout':16} {'losses':>8} {'state':>8}   bytes on the fullest device")
+    for name in given.only:
+        subject = layouts.subject(name, MODELS)
+        start = time.process_time()
+        numbers, state, held = layouts.trained(*subject, layouts.alone(), given.steps)
+        size = max(held.values())
+        for layout, sizes in layouts.LAYOUTS.items():
+            found, after, held = layouts.trained(*subject, make_mesh(**sizes), given.steps)
+            losses, where = layouts.largest_difference(numbers, found)
+            difference, place = layouts.largest_difference(state, after)
+            share = max(held.values()) / size
+            print(f"{name:20} {layout:16} {losses:8.1e} {difference:8.1e}   1/{1 / share:.2f}", flush=True)
+            if max(losses, difference) > LIMIT:
+                failed.append(f"{name}, {layout}: {max((losses, where), (difference, place))}")
+        print(f"{'':20} {size / 2**20:.1f} MiB on one device; {time.process_time() - start:.0f} s of CPU", flush=True)
+    print("\n".join(failed) if failed else f"All within {LIMIT:g} of one device")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
