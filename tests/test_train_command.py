@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from together import run_together
 
 from jax_densevit import train
 from jax_densevit.errors import UserError
@@ -113,7 +114,8 @@ def test_mistakes_are_named(config, tmp_path, monkeypatch, arguments, message):
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == []
 
 
-def test_saved_on_eight_devices_evaluated_on_one(config, tmp_path, capsys):
+@pytest.mark.multiprocess
+def test_saved_on_eight_devices_evaluated_on_one_and_by_two_processes(config, tmp_path, capsys):
     """From the shell, as a user does it; the tests' own process has eight devices, the one started here has one."""
     assert train.main([f"--config={config}:quick", "--workdir", str(tmp_path), "--quiet"]) == 0
     checkpoints = Checkpoints(tmp_path, read_only=True)
@@ -130,6 +132,12 @@ def test_saved_on_eight_devices_evaluated_on_one(config, tmp_path, capsys):
     assert alone["device"].startswith("1 x ")
     assert alone["examples"] == trained["examples"] == 5
     assert alone["summary"]["pixel_accuracy"] == pytest.approx(trained["pixel_accuracy"], abs=2e-3)
+    # Two processes share the work, and the first one writes.
+    (tmp_path / "eval/val-4.json").unlink()
+    assert [code for code, _, _ in run_together(command, environment)] == [0, 0]
+    two = json.loads((tmp_path / "eval/val-4.json").read_text())
+    assert two["device"].startswith("2 x ") and two["examples"] == 5
+    assert two["summary"] == pytest.approx(alone["summary"], abs=2e-3)
     # The same command again: done already; and from the shell an error is one sentence.
     assert train.main([f"--config={config}", "--workdir", str(tmp_path)]) == 0
     assert "has reached step 4 already" in capsys.readouterr().out

@@ -2,8 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,13 +9,14 @@ import numpy as np
 import pytest
 import tiny_network
 from PIL import Image
+from together import run_together
 
 from jax_densevit import fid
 
 pytestmark = pytest.mark.multiprocess
 
 
-def test_two_processes_find_what_one_finds(tmp_path, monkeypatch, capsys):
+def test_two_processes_find_what_one_finds(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for folder, count in (("pictures", 11), ("reference", 13)):
         (tmp_path / folder).mkdir()
@@ -31,32 +30,19 @@ def test_two_processes_find_what_one_finds(tmp_path, monkeypatch, capsys):
         files = [f"--output={tmp_path / name}.json", f"--save_reference={tmp_path / name}.npz"]
         return [*where, *files, "--batch_size=8"]
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = {
         **os.environ,
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4"),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    together = ["--coordinator", address, "--num_processes", "2"]
-    command = [sys.executable, tiny_network.__file__, *arguments("two"), *together]
-    processes = [
-        subprocess.Popen([*command, "--process_id", str(i)], stdout=-1, stderr=-1, text=True, env=environment)
-        for i in range(2)
-    ]
-    try:
-        monkeypatch.setattr(fid, "load_network", lambda *arguments: tiny_network.tiny_network())
-        assert fid.main(arguments("one")) == 2
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [2, 2], outputs
+    monkeypatch.setattr(fid, "load_network", lambda *arguments: tiny_network.tiny_network())
+    command = [sys.executable, tiny_network.__file__, *arguments("two")]
+    done = run_together(command, environment, lambda: fid.main(arguments("one")))
+    assert [code for code, _, _ in done] == [2, 2], done
     # The first process prints; whoever has read a picture says that it could not.
-    assert ["fd_tiny" in printed for printed, _ in outputs] == [True, False]
-    assert sum("5.png" in errors for _, errors in outputs) == 1
+    assert ["fd_tiny" in printed for _, printed, _ in done] == [True, False]
+    assert sum("5.png" in errors for _, _, errors in done) == 1
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["device"] == one["device"] and two["device"].startswith("8 x ") and two["pictures"]["count"] == 11
     for key in ("fd_tiny", "kd_tiny", "colorfulness", "reference_colorfulness"):
@@ -66,4 +52,3 @@ def test_two_processes_find_what_one_finds(tmp_path, monkeypatch, capsys):
         for name in ("mu", "sigma"):
             np.testing.assert_allclose(second[name], first[name], rtol=1e-9, atol=1e-12)
         np.testing.assert_array_equal(second["names"], first["names"])
-    capsys.readouterr()

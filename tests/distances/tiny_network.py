@@ -3,7 +3,6 @@
 python tiny_network.py --pictures FOLDER ...      the flags of `python -m jax_densevit.fid`
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
