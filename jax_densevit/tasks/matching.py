@@ -10,14 +10,14 @@ its column.
 costs to the host in every step, and a program that calls the host is not kept in JAX's compile cache.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_densevit.errors import UserError, check_name
+from jax_densevit.errors import check_name
 
 
 @flax.struct.dataclass
@@ -27,7 +27,8 @@ class Assignment:
     Attributes:
       query: int32 `[B, T]`: the query of each target; -1 for padding, and for targets left without a query.
       finite: bool `[B]`: whether all costs of the image's targets were finite. Where not, pairs without a
-        finite cost were not matched, and the losses of `mask_losses.py` are NaN, so that training stops.
+        finite cost were not matched, and the losses of `mask_losses.py` are NaN, so that training stops and names the
+        image (`training/culprits.py`).
     """
 
     query: jax.Array
@@ -62,29 +63,6 @@ def target_of_query(query: jax.Array, queries: int) -> jax.Array:
     at = jnp.where(query < 0, queries, query)
     found = jnp.full((batch, queries + 1), -1, jnp.int32)
     return found.at[jnp.arange(batch)[:, None], at].set(jnp.arange(targets, dtype=jnp.int32))[:, :queries]
-
-
-def refuse_invalid_costs(costs: np.ndarray, n_valid: np.ndarray, names: Sequence[str]) -> None:
-    """Names the first image whose costs are not finite; for the host, after a loss became NaN.
-
-    Args:
-      costs: `[B, Q, T]`.
-      n_valid: `[B]`.
-      names: of the images.
-
-    Raises:
-      UserError: a real target has a cost that is NaN or infinite.
-    """
-    costs = np.asarray(costs, np.float64)
-    wrong = ~np.isfinite(costs) & (np.arange(costs.shape[2]) < np.asarray(n_valid)[:, None])[:, None]
-    if wrong.any():
-        image, query, target = (int(i) for i in np.argwhere(wrong)[0])
-        raise UserError(
-            f"The cost of matching query {query} to object {target} of image {names[image]} is "
-            f"{costs[image, query, target]} ({int(wrong[image].sum())} such costs in this image, "
-            f"{int(wrong.any((1, 2)).sum())} such images in this batch): the model's outputs are not finite. "
-            "Lower the learning rate, clip gradients, or compute in float32."
-        )
 
 
 def _augmenting_path(costs: jax.Array, n_valid: jax.Array) -> jax.Array:

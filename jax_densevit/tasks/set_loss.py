@@ -90,10 +90,6 @@ class SetLoss:
         batch = jnp.float32(len(matched))
         return terms | {"unmatched": LossTerm((objects.found - matched).sum().astype(jnp.float32), batch, 0.0)}
 
-    def costs(self, output: QueryOutput, objects: Objects, seeds: jax.Array | None = None) -> jax.Array:
-        """float32 `[B, Q, S]`: what it costs to match each query with each object; for whoever looks for NaN."""
-        return _Targets(self, output, objects, seeds).costs(output)
-
     def _compared(self, layer: QueryOutput, targets: "_Targets", assignment: Assignment | None):
         """The assignment (its own, if none is given) and the terms of one output."""
         if assignment is None:

@@ -13,7 +13,7 @@ from jax_densevit.training.mesh import put_batch
 
 
 class Feed:
-    """An iterator over (host indices of the examples, global device batch), filled by a thread.
+    """An iterator over global device batches, filled by a thread.
 
     Args:
       stream: this process's rows of every global batch; closed with the feed if it can be.
@@ -36,7 +36,7 @@ class Feed:
     def __iter__(self) -> "Feed":
         return self
 
-    def __next__(self) -> tuple[np.ndarray | None, dict[str, jax.Array]]:
+    def __next__(self) -> dict[str, jax.Array]:
         item = self._queue.get()
         if isinstance(item, BaseException):
             self._queue.put(item)  # whoever asks again gets the same answer
@@ -57,7 +57,7 @@ class Feed:
     def _fill(self) -> None:
         try:
             for batch in self._stream:
-                if not self._put((batch.get("index"), put_batch(batch, self._mesh))):
+                if not self._put(put_batch(batch, self._mesh)):
                     return
             self._put(StopIteration())
         except BaseException as error:

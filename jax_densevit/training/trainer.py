@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_densevit.errors import UserError
 from jax_densevit.manifest import write_text
 from jax_densevit.training.checkpoint import Checkpoints, local_folder
+from jax_densevit.training.culprits import find_culprits
 from jax_densevit.training.evaluation import evaluate, save_evaluation
 from jax_densevit.training.hardware import peak_flops
 from jax_densevit.training.initial import take_over
@@ -89,7 +89,7 @@ def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: 
         feed = Feed(experiment.train_stream(start), experiment.mesh)
         stack.callback(feed.close)
         first = next(feed)
-        parts = prepare(experiment, first[1])
+        parts = prepare(experiment, first)
         if found is not None:
             for line in differences(checkpoints.read_meta(start).get("config", {}), meta["config"]):
                 log.say(f"The config differs from the checkpoint's: {line}")
@@ -131,7 +131,8 @@ class _Run:
         self.experiment, self.workdir, self.meta = experiment, workdir, meta
         self.checkpoints, self.log, self.meter = checkpoints, log, meter
         self.feed, self.parts, self.stop = feed, parts, stop
-        self.unread: deque[tuple[int, Any, dict[str, jax.Array]]] = deque()  # numbers still on the devices
+        self.unread: deque[tuple[int, dict, dict]] = deque()  # batches and numbers of steps, still on the devices
+        self.state: TrainState | None = None  # the newest
         self.saved_at = -1
         model = experiment.model
 
@@ -142,7 +143,7 @@ class _Run:
         self._apply = jax.jit(apply)
         self._all_finite = jax.jit(_all_finite, out_shardings=replicated(experiment.mesh))
 
-    def loop(self, state: TrainState, step: int, waiting: list[Any], first: tuple[Any, dict[str, jax.Array]]) -> int:
+    def loop(self, state: TrainState, step: int, waiting: list[Any], first: dict[str, jax.Array]) -> int:
         """Trains from `step` to the end; `waiting` are evaluators that are due before the first step."""
         experiment, every = self.experiment, self.experiment.config.checkpoint.every
         self.saved_at = step
@@ -153,7 +154,7 @@ class _Run:
         self.meter.restart_clock(step)
         while step < experiment.steps:
             clock = time.perf_counter()
-            indices, batch = first if first is not None else next(self.feed)
+            batch = first if first is not None else next(self.feed)
             first = None
             arrived = time.perf_counter()
             self.meter.wait(arrived - clock)
@@ -162,7 +163,8 @@ class _Run:
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, numbers = self.parts.step(state, batch)
             step += 1
-            self.unread.append((step, indices, numbers))
+            self.state = state
+            self.unread.append((step, batch, numbers))
             self.read(leave=1)
             if step != first_step:
                 self.meter.work(time.perf_counter() - arrived)
@@ -191,10 +193,10 @@ class _Run:
         """Reads the numbers of all steps but the `leave` latest (the devices stay busy with those) and logs them."""
         every, steps = self.experiment.config.log.every, self.experiment.steps
         while len(self.unread) > leave:
-            step, indices, on_device = self.unread.popleft()
+            step, batch, on_device = self.unread.popleft()
             numbers = {name: value.item() for name, value in jax.device_get(on_device).items()}
             if not numbers.pop("finite"):
-                raise self._not_finite(step, indices, numbers)
+                raise self._not_finite(step, batch, numbers)
             self.meter.add(numbers)
             self.log.progress(step)
             if step % every == 0 or step == steps:
@@ -282,16 +284,19 @@ class _Run:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
 
-    def _not_finite(self, step: int, indices: Any, numbers: dict[str, float]) -> Diverged:
-        names = []
-        for index in [] if indices is None else np.asarray(indices).tolist():
-            try:
-                names.append(str(self.experiment.source.read(index)["id"]))
-            except Exception:  # naming the example must not hide what happened
-                names.append(f"example {index}")
+    def _not_finite(self, step: int, batch: dict[str, jax.Array], numbers: dict[str, float]) -> Diverged:
         values = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("loss", "grad_norm", "lr"))
+        names, what = [], "its examples"
+        try:
+            found = find_culprits(self.parts.step, self.state, batch, self.experiment.mesh)
+            what = "it is so for these" if len(found) < len(batch["index"]) else what
+            for index in found:
+                names.append(f"example {index}")
+                names[-1] = str(self.experiment.source.read(index)["id"])
+        except Exception:  # naming the examples must not hide what happened
+            names.append("...")
         return Diverged(
-            f"Step {step} is not finite ({values}); its examples: {', '.join(names)}. Look at them, lower "
+            f"Step {step} is not finite ({values}); {what}: {', '.join(names)}. Look at them, lower "
             f"optimizer.learning_rate or set optimizer.clip_norm. {self._last_good()}"
         )
 

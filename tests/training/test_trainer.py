@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -14,6 +16,8 @@ import pytest
 from tiny_experiment import Bars, tiny_experiment
 
 from jax_densevit.errors import UserError
+from jax_densevit.models.output import QueryOutput
+from jax_densevit.tasks.instances import InstancesTask
 from jax_densevit.training import trainer
 from jax_densevit.training.checkpoint import Checkpoints
 from jax_densevit.training.paths import named_leaves
@@ -168,13 +172,57 @@ def test_not_finite_stops_and_names_the_examples(tmp_path):
     with pytest.raises(UserError) as failure:
         train(experiment, tmp_path, quiet=True)
     message = str(failure.value)
-    assert "Step 3 is not finite (loss nan" in message and f"bar {bad}" in message and "last saved step is 2" in message
+    assert "Step 3 is not finite (loss nan" in message and "last saved step is 2" in message
+    assert f"it is so for these: bar {bad}." in message
     assert Checkpoints(tmp_path, read_only=True).steps() == [1, 2]
     assert (
         [line["step"] for line in lines(tmp_path, "metrics.jsonl")] == []
         if (tmp_path / "metrics.jsonl").exists()
         else True
     )
+
+
+class NormalisedQueries(nn.Module):
+    """Objects from each picture divided by its own contrast: a picture of one color has none."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = images / (images.max((1, 2), keepdims=True) - images.min((1, 2), keepdims=True))
+        masks = jax.numpy.moveaxis(nn.Dense(3, name="masks")(x), -1, 1)
+        classes = nn.Dense(3 * 3, name="classes")(x.mean((1, 2))).reshape(-1, 3, 3)
+        return QueryOutput(classes, masks, covers=images.shape[1:3])
+
+
+class Pairs(Bars):
+    """The two halves of each bar as objects; some pictures are of one color."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain = plain
+
+    def read(self, index):
+        example = super().read(index)
+        image = np.full_like(example["image"], 70) if index in self.plain else example["image"]
+        return {**example, "image": image, "instances": example["labels"].astype(np.uint16) + 1}
+
+
+@pytest.mark.parametrize("count", [2, 24])
+def test_matching_costs_that_are_no_numbers_are_named_with_their_pictures(tmp_path, count):
+    """The true task, matching and trainer: nothing loops, and where all fail none is blamed."""
+    experiment = tiny_experiment(steps=3, evaluate=False, devices=2)
+    plain = sorted(np.random.default_rng(1).permutation(24)[:count].tolist())
+    experiment.source, experiment.model = Pairs(plain), NormalisedQueries()
+    experiment.task = InstancesTask(Bars.info, slots=2, bce_weight=1.0)
+    stream = experiment.train_stream(0)
+    batches = [sorted(set(next(stream)["index"].tolist()) & set(plain)) for _ in range(3)]
+    stream.close()
+    step = next(i for i, found in enumerate(batches) if found)
+    with pytest.raises(UserError, match=f"Step {step + 1} is not finite .loss nan") as failure:
+        train(experiment, tmp_path, quiet=True)
+    named = {f"bar {index}" for index in batches[step]}
+    said = re.search(r"(it is so for these|its examples): (.*?)\. Look", str(failure.value))
+    assert said[1] == ("its examples" if count == 24 else "it is so for these")
+    assert set(said[2].split(", ")) == named
 
 
 def test_not_finite_parameters_are_never_saved(tmp_path):
