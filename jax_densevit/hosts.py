@@ -7,6 +7,7 @@ MPI), or `--coordinator HOST:PORT --num_processes N --process_id I` on each.
 import argparse
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from collections.abc import Iterator
 import jax
 
 from jax_densevit.errors import UserError
+
+# What JAX says, among much else, when a process that it waits for is not there any more.
+_LOST = re.compile(r"Connection (closed|reset) by peer|Gloo [\w-]+ failed|[Cc]oordination service|heartbeat")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +46,8 @@ def together(arguments: argparse.Namespace) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, jax.errors.JaxRuntimeError) and (lost := _LOST.search(str(error))):
+            print(f"error: Another process ended or cannot be reached ({lost[0]}): see its log.", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stdout.flush()

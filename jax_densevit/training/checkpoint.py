@@ -66,9 +66,10 @@ class Checkpoints:
         self._failure: BaseException | None = None
         self._saving: int | None = None
         self._writer: ocp.AsyncCheckpointer | None = None
-        if not read_only and jax.process_index() == 0:
+        if not read_only:
             self._create_folder()
-            self._remove_leftovers()
+            if jax.process_index() == 0:
+                self._remove_leftovers()
 
     # --- what is there ---
 
@@ -287,15 +288,20 @@ class Checkpoints:
         )
 
     def _create_folder(self) -> None:
+        """Every process writes its share of a checkpoint, so one that cannot stops all of them before they begin."""
+        cause = ""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".probe"
+            probe = self.folder / f".probe-{jax.process_index()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(
-                f"Cannot write in workdir {self.workdir}: {error.strerror}; choose another --workdir."
-            ) from error
+            cause = error.strerror
+        if anywhere(bool(cause)):
+            who = "" if jax.process_count() == 1 else f"Process {jax.process_index()}: "
+            if not cause:
+                who, cause = "Another process: ", "see its message"
+            raise UserError(f"{who}Cannot write in workdir {self.workdir}: {cause}; choose another --workdir.")
 
     def _remove_leftovers(self) -> None:
         """What a killed process left half-written."""
@@ -391,6 +397,12 @@ class Checkpoints:
         folder, problems = self.folder / str(step), []
         for name in _ITEMS:
             stored = item_metadata(folder / name) if (folder / name).is_dir() else {}
+            if name == "optimizer" and wanted.get(name) and not stored:
+                raise UserError(
+                    f"The checkpoint of step {step} in {self.folder} holds parameters and no state of training, as "
+                    "convert writes it, so there is nothing to resume: name another --workdir, and start from these "
+                    f"parameters with --config.init.workdir={self.workdir}."
+                )
             problems += mismatches(name, stored, wanted.get(name, {}))
         if problems:
             problems.sort()

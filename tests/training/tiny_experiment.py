@@ -3,7 +3,9 @@
 python tiny_experiment.py WORKDIR field=value ...      fields of the config, or of `tiny_experiment`
 """
 
+import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -18,6 +20,7 @@ from jax_densevit.data.augment import augment
 from jax_densevit.data.pipeline import train_stream
 from jax_densevit.data.source import DataInfo
 from jax_densevit.errors import UserError
+from jax_densevit.hosts import together
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.tasks.segmentation import SegmentationTask
 from jax_densevit.training.mesh import make_mesh
@@ -42,12 +45,15 @@ class TinyNet(nn.Module):
 
 
 class Bars:
-    """Noisy pictures, bright or dark by the half; a pure function of the index. `slow` seconds a read."""
+    """Noisy pictures, bright or dark by the half; a pure function of the index. `slow` seconds a read.
+
+    The one with the index `bad` cannot be read; the first read of all takes `late` seconds, as from a cold cache.
+    """
 
     info = INFO
 
-    def __init__(self, length=24, slow=0.0, bad=None):
-        self.length, self.slow, self.bad = length, slow, bad
+    def __init__(self, length=24, slow=0.0, bad=None, late=0.0):
+        self.length, self.slow, self.bad, self.late = length, slow, bad, late
 
     def __len__(self):
         return self.length
@@ -56,7 +62,8 @@ class Bars:
         return (8, 8)
 
     def read(self, index):
-        time.sleep(self.slow)
+        late, self.late = self.late, 0.0
+        time.sleep(self.slow + late)
         if index == self.bad:
             raise UserError(f"bar {index} cannot be read.")
         rng = np.random.default_rng(index)
@@ -115,7 +122,17 @@ class TinyExperiment:
 
 
 def tiny_experiment(
-    *, steps=12, save_every=4, eval_every=6, log_every=3, devices=1, slow=0.0, evaluate=True, bad=None, **changes
+    *,
+    steps=12,
+    save_every=4,
+    eval_every=6,
+    log_every=3,
+    devices=1,
+    slow=0.0,
+    evaluate=True,
+    bad=None,
+    late=0.0,
+    **changes,
 ):
     """Builds one. `changes` are fields of the config by path, e.g. `{"optimizer.learning_rate": 1.0}`."""
     config = default_config()
@@ -125,7 +142,7 @@ def tiny_experiment(
     config.log.every = log_every
     with config.unlocked():
         config.update_from_flattened_dict(changes)
-    source, task = Bars(slow=slow, bad=bad), SegmentationTask(INFO)
+    source, task = Bars(slow=slow, bad=bad, late=late), SegmentationTask(INFO)
     evaluators = (TinyEvaluator("val", Bars(7), task, every=eval_every), TinyEvaluator("test", Bars(5), task, sheet=0))
     return TinyExperiment(
         config=config,
@@ -140,13 +157,21 @@ def tiny_experiment(
 
 
 def main(argv):
-    """Trains; leaves with the trainer's exit code, or 1 and the sentence of a `UserError`."""
+    """Trains; leaves with the trainer's exit code, or 1 and the sentence of a `UserError`.
+
+    Several processes: `coordinator="HOST:PORT"`, `processes=N`, `process=I`; a dead one is missed after `heartbeat` s.
+    """
     workdir, *changes = argv
     options = {name: json.loads(value) for name, _, value in (change.partition("=") for change in changes)}
-    if coordinator := options.pop("coordinator", None):
-        jax.distributed.initialize(coordinator, options.pop("processes"), options.pop("process"))
+    jax.distributed.initialize = functools.partial(
+        jax.distributed.initialize, heartbeat_timeout_seconds=options.pop("heartbeat", 100)
+    )
+    who = [options.pop(name, None) for name in ("coordinator", "processes", "process")]
+    names = ("coordinator", "num_processes", "process_id")
+    flags = argparse.Namespace(distributed=False, **dict(zip(names, who, strict=True)))
     try:
-        return train(tiny_experiment(**options), workdir)
+        with together(flags):
+            return train(tiny_experiment(**options), workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
