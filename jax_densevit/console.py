@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,6 +24,9 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         # A terminal or pipe that knows only ASCII shows "?" for a name it cannot write; it does not end the program.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    Console.on_broken_pipe = _raise_again
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # imports are over: see the package's __init__
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
@@ -37,6 +41,11 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def _raise_again(console: Console) -> None:
+    """In place of rich's own way with a closed pipe, which is to leave with 1."""
+    raise  # it is called while the error is handled
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -134,6 +135,13 @@ class TensorBoard:
                 pass
 
 
+class _Screen(Console):
+    """A console that leaves it to its user what happens when nobody reads it any more; rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # it is called while the error is handled
+
+
 class RunLog:
     """Everything that a run writes besides checkpoints and evaluations. On processes other than 0 it is silent.
 
@@ -156,7 +164,7 @@ class RunLog:
             self._metrics.cut_after(step)
             if tensorboard:
                 self._board = TensorBoard(workdir / "tensorboard", step)
-        self._console = Console(quiet=quiet or not main, highlight=False, soft_wrap=True)
+        self._console = _Screen(quiet=quiet or not main, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         if main and not quiet and self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -165,8 +173,14 @@ class RunLog:
             self._progress.start()
 
     def say(self, line: str) -> None:
-        """Prints a line for people."""
-        self._console.print(line, markup=False)
+        """Prints a line for people. Where they cannot get it (`| head`, a full disk behind `>`) training goes on."""
+        try:
+            self._console.print(line, markup=False)
+        except OSError as error:
+            self._console.quiet = True
+            # Python writes what is left at its end once more: give it somewhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            log.warning("Nothing is printed any more (%s). Training goes on: see metrics.jsonl.", error.strerror)
 
     def progress(self, step: int) -> None:
         """Moves the bar."""
