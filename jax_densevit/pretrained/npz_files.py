@@ -6,12 +6,14 @@ import ml_dtypes
 import numpy as np
 
 from jax_densevit.errors import UserError
+from jax_densevit.pretrained.memory import check_room
 from jax_densevit.pretrained.zip_members import Members
 
 
 def load(members: Members) -> dict[str, np.ndarray]:
     """Name -> array, one after the other in memory; object arrays, which are pickles, are refused."""
     arrays = {}
+    check_room(members.path, len(members.names), sum(map(members.size, members.names)))
     for name in members.names:
         if not name.endswith(".npy"):
             raise UserError(f"{members.path} is a zip archive of something else than arrays: it has a member {name!r}.")

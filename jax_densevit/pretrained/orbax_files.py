@@ -1,5 +1,6 @@
 """Folders of arrays that Orbax wrote, and our own checkpoints among them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from etils import epath
 
 from jax_densevit.errors import UserError
 from jax_densevit.manifest import NAME, find_damage
+from jax_densevit.pretrained.memory import check_listing, check_room
 
 _TREE = "_METADATA"  # what every folder of a tree of arrays has
 
@@ -42,6 +44,7 @@ def load(path: Path) -> Any:
 
 def item_metadata(folder: Path) -> Any:
     """A nested dict like the stored one, with leaves that have `shape` and `dtype`."""
+    check_listing(folder / _TREE)
     return ocp.StandardCheckpointHandler().metadata(epath.Path(folder)).tree
 
 
@@ -49,6 +52,8 @@ def restore_item(folder: Path, shardings: Any = None) -> Any:
     """The tree of arrays in a tree's folder, laid out as `shardings` say; NumPy arrays where they are None."""
     stored = item_metadata(folder)
     if shardings is None:
+        leaves = jax.tree.leaves(stored)
+        check_room(folder, len(leaves), sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves))
         how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), stored)
     else:
         how = jax.tree.map(
