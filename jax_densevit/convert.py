@@ -13,9 +13,11 @@ Files: .npz, .safetensors, PyTorch's .pth, .pt and .bin, TensorFlow 2's .index, 
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from jax_densevit.configuration import read_config, split_overrides
 from jax_densevit.console import run_command
+from jax_densevit.errors import UserError
 from jax_densevit.layers.embedding import POSITION_RULES
 from jax_densevit.pretrained import SOURCES
 from jax_densevit.published import check_empty, open_weights, save
@@ -36,6 +38,9 @@ def main(argv: Sequence[str]) -> int:
     overrides, rest = split_overrides(list(argv))
     arguments = parser.parse_args(rest)
     check_empty(arguments.workdir)
+    workdir, weights = Path(arguments.workdir), Path(arguments.weights)
+    if weights.is_dir() and workdir.resolve().is_relative_to(weights.resolve()):
+        raise UserError(f"The workdir {workdir} lies in the weights {weights}: choose a folder outside them.")
     config = read_config(arguments.config, overrides)
     print(f"Reading {arguments.weights}", flush=True)
     found = open_weights(

@@ -25,6 +25,7 @@ from jax_densevit import program
 from jax_densevit.console import run_command, split_options
 from jax_densevit.errors import UserError, check_name
 from jax_densevit.experiment import Loaded, load, versions
+from jax_densevit.predict import check_outputs
 from jax_densevit.pretrained import SOURCES, convert, read, restore_names
 from jax_densevit.writing import whole_file, write_json
 
@@ -69,10 +70,13 @@ def main(argv: Sequence[str]) -> int:
         "--batch", type=int, default=0, help="programs: images per call; 0, the default, leaves it open"
     )
     parser.add_argument("--platforms", default=",".join(program.PLATFORMS), help="stablehlo: where it shall run")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are already there")
     arguments, rest = parser.parse_known_args(argv)
     check_name("format", arguments.format, (*_PROGRAMS, *_NAMES, *SOURCES))
     if arguments.output.is_dir():
         raise UserError(f"The output {arguments.output} is a folder; name a file.")
+    checkpoints, folder = Path(arguments.workdir, "checkpoints"), arguments.output.parent
+    check_outputs({}, _file_names(arguments.output, arguments.format), checkpoints, folder, arguments.overwrite)
     decode = split_options(rest)
     loaded = load(arguments.workdir, step=arguments.step, which=arguments.which, decode=decode)
     if arguments.format not in _PROGRAMS:
@@ -91,6 +95,12 @@ def main(argv: Sequence[str]) -> int:
     for line in export_program(loaded, made, arguments.format, arguments.output, arguments.batch, platforms):
         print(line)
     return 0
+
+
+def _file_names(output: Path, form: str) -> list[str]:
+    """The files that are made, the first called as was asked for."""
+    facts = [f"{output.name}.json"] if form in _PROGRAMS else []
+    return [output.name, *facts, *([f"run_{output.stem}.py"] if form == "stablehlo" else [])]
 
 
 def export_weights(loaded: Loaded, source: str, output: Path, leave_out: Sequence[str] = ()) -> str:
@@ -156,9 +166,9 @@ def export_program(
         "versions": versions(),
     }
     lines = [f"Wrote {output}: difference from the model on noise: {_listed(found)}."]
-    lines.append(f"Facts: {write_json(output.with_name(output.name + '.json'), json.loads(json.dumps(facts)))}")
-    if form == "stablehlo":
-        runner = output.with_name(f"run_{output.stem}.py")
+    _, about, *runners = (output.with_name(name) for name in _file_names(output, form))
+    lines.append(f"Facts: {write_json(about, json.loads(json.dumps(facts)))}")
+    for runner in runners:
         inputs = "\n".join(f"    {name} {[batch or 'batch', *shape]}" for name, shape in made.inputs.items())
         given = " ".join(f"{name}.npy" for name in made.inputs)
         with whole_file(runner) as part:

@@ -20,6 +20,7 @@ import argparse
 import datetime
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from jax_densevit.distances.statistics_file import is_statistics, load_statistic
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import versions
 from jax_densevit.hosts import add_flags, together
+from jax_densevit.predict import check_existing
 from jax_densevit.training.mesh import make_mesh
 from jax_densevit.writing import write_json
 
@@ -54,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--resize", choices=tuple(SCALES), help="by default tf1; clean for efficientnet_lite0")
     parser.add_argument("--save_reference", help="write the reference's statistics to this .npz")
     parser.add_argument("--output", help="write the result to this JSON file")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are already there")
     parser.add_argument("--batch_size", type=int, default=32, help="of all devices together")
     add_flags(parser)
     arguments = parser.parse_args(argv)
@@ -126,6 +129,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--reference is a file of statistics: it has no list and is not written again.")
     if arguments.save_reference and not is_statistics(arguments.save_reference):
         raise UserError(f"--save_reference {arguments.save_reference} must end in .npz.")
+    # Before the processes join, so none of them has written anything yet.
+    check_existing([Path(name) for name in (arguments.output, arguments.save_reference) if name], arguments.overwrite)
 
 
 def _number(value: float | None) -> str:

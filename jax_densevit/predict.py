@@ -98,6 +98,11 @@ def check_outputs(images: dict[Path, Path], files: Sequence[Path], given: Path, 
     files = [where / file for file in files]
     for overwritten in {path.resolve() for path in images.values()} & set(files):
         raise UserError(f"The prediction would overwrite the image {overwritten}; choose another --output.")
+    check_existing(files, overwrite)
+
+
+def check_existing(files: Sequence[Path], overwrite: bool) -> None:
+    """Raises :class:`UserError` where a file is there already, unless it may be replaced."""
     existing = [file for file in files if file.exists()]
     if existing and not overwrite:
         raise UserError(

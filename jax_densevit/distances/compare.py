@@ -147,12 +147,21 @@ def compare(pictures: Measured, reference: Measured, network: FeatureNetwork, pr
     counts = (frechet["pictures"], frechet["reference"])
     return {
         **result,
-        "caution": caution(*counts, frechet["features"]),
+        "caution": " ".join(filter(None, (caution(*counts, frechet["features"]), *_cautions(pictures, reference)))),
         "pictures": {"count": counts[0], **pictures.facts},
         "reference": {"count": counts[1], **reference.facts},
         "protocol": protocol.name,
         "features": {**network.facts(), "features": frechet["features"]},
     }
+
+
+def _cautions(pictures: Measured, reference: Measured) -> Iterator[str]:
+    """What the files themselves do to the distance."""
+    if jpegs := pictures.facts.get("jpegs"):
+        yield f"{jpegs:,} of the pictures are JPEGs, whose compression alone moves the distance: save them as PNG."
+    both = set(pictures.names) & set(reference.names)
+    if both and pictures.facts["where"] == reference.facts["where"]:
+        yield f"{len(both):,} pictures are on both sides: the distance is too small."
 
 
 _METRICS = {"frechet": FrechetDistance(), "kernel": KernelDistance()}

@@ -106,8 +106,9 @@ class PictureSet:
     paths: tuple[Path, ...]
 
     def facts(self) -> dict[str, object]:
-        """JSON-ready: where, and a hash of the names (base names, sorted, each ended by a newline)."""
-        return {"where": self.where, **name_facts(self.names)}
+        """JSON-ready: where, a hash of the names (base names, sorted, each ended by a newline), how many JPEGs."""
+        jpegs = sum(path.suffix.lower() in (".jpg", ".jpeg") for path in self.paths)
+        return {"where": self.where, **name_facts(self.names), **({"jpegs": jpegs} if jpegs else {})}
 
 
 def name_facts(names: Sequence[str]) -> dict[str, str]:

@@ -242,6 +242,9 @@ def test_command(network, folders, tmp_path, monkeypatch, capsys):
     ):
         assert text in printed
     assert "FID" not in printed
+    with pytest.raises(UserError, match=r"out\.json is already there; .*--overwrite"):
+        fid.main([*common, "--reference", str(statistics)])
+    common.append("--overwrite")
     assert fid.main([*common, "--reference", str(statistics)]) == 0
     second = json.loads(output.read_text())
     assert second["fd_tiny"] == pytest.approx(first["fd_tiny"], rel=1e-9)
