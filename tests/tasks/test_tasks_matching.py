@@ -96,7 +96,7 @@ def test_batches_over_several_devices():
 
 
 @METHOD
-def test_costs_that_are_no_numbers_are_named_and_avoided(method):
+def test_costs_that_are_no_numbers_are_avoided(method):
     """Whatever is in the matrix, the answer comes, uses no such pair, and has as many pairs as can be."""
     rng = np.random.default_rng(0)
     costs = rng.random((8, 6, 4)).astype(np.float32)
