@@ -13,9 +13,9 @@ from collections.abc import Sequence
 # (regular expression over "a/b/c", dimension); dimensions count from the end, so kernels of any number of axes are
 # served, and the axis that stacks scanned layers does not matter.
 RULES: tuple[tuple[str, int], ...] = (
-    # Attention, by head: `layers.attention`, `layers.window`, `models.axial`, the spiral decoder.
-    (r"/(qkv|query|key|value|pointwise)/(kernel|bias)$", -2),  # [..., heads, d]
-    (r"/out/kernel$", -3),  # [heads, d, D]
+    # Attention, by head: `layers.attention`, `layers.window`, `layers.causal`, `models.axial`.
+    (r"/(qkv|pointwise|memory|cross_query)/(kernel|bias)$", -2),  # [..., heads, d]
+    (r"/(cross_)?out/kernel$", -3),  # [heads, d, D]
     (r"/position_bias$", -1),  # [pairs, heads]
     # ColTran's: `models.coltran.conditional`.
     (r"_attention/(cond_)?[qkv]_kernel$", -2),  # [D, heads, d]

@@ -73,7 +73,13 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), min
             if dimension is not None and shape[dimension] % tensor == 0:
                 axes[dimension] = ("tensor",)
         divided[name] = [()] * layers + axes
-        possible = [d for d in range(len(shape)) if not axes[d] and shape[d] % parts == 0] if automatic else []
+        if not automatic:
+            continue
+        possible = [d for d in range(len(shape)) if not axes[d] and shape[d] % parts == 0]
+        # Where nothing else is left (vectors, depthwise kernels), the parts that "tensor" makes are divided further.
+        possible = possible or [
+            d for d in range(len(shape)) if axes[d] and shape[d] % (parts * _parts(axes[d], mesh)) == 0
+        ]
         if possible:
             free[name] = layers + max(possible, key=lambda d, shape=shape: shape[d])
     if tensor > 1 and not any("tensor" in names for axes in divided.values() for names in axes):
@@ -84,14 +90,14 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), min
         )
     if minimum_bytes is None:
         sizes = {
-            name: size_in_bytes(leaf) // math.prod(mesh.shape[axis] for names in divided[name] for axis in names)
+            name: size_in_bytes(leaf) // math.prod(_parts(names, mesh) for names in divided[name])
             for name, leaf in leaves.items()
         }
         taken = _worth_dividing(sizes, free, parts)
     else:
         taken = {name for name in free if size_in_bytes(leaves[name]) >= minimum_bytes}
     for name in taken:
-        divided[name][free[name]] = ("fsdp",)
+        divided[name][free[name]] = (*divided[name][free[name]], "fsdp")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: NamedSharding(mesh, _spec(divided[path_name(path)])), params
     )
@@ -115,13 +121,17 @@ def _ruled(
         raise UserError(f"sharding_rules: {pattern!r} gives {len(given)} dimensions, but {name} has shape {shape}.")
     axes = [*given, *[()] * (len(shape) - len(given))]
     for size, names in zip(shape, axes, strict=True):
-        parts = math.prod(mesh.shape[axis] for axis in names)
-        if size % parts:
+        if size % _parts(names, mesh):
             raise UserError(
-                f"sharding_rules: {pattern!r} divides a dimension of {size} of {name} {shape} into {parts} parts over "
-                f"{names}; choose another dimension or axis size."
+                f"sharding_rules: {pattern!r} divides a dimension of {size} of {name} {shape} into "
+                f"{_parts(names, mesh)} parts over {names}; choose another dimension or axis size."
             )
     return axes
+
+
+def _parts(names: tuple[str, ...], mesh: Mesh) -> int:
+    """Into how many parts these axes divide a dimension."""
+    return math.prod(mesh.shape[axis] for axis in names)
 
 
 def _spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:

@@ -124,6 +124,12 @@ def test_what_the_axis_does_not_divide_stays_whole_or_goes_to_fsdp():
         parameter_shardings(shapes({"qkv": {"kernel": (8, 3, 4, 2)}}), make_mesh(data=1, tensor=8))
 
 
+def test_vectors_that_tensor_divides_are_divided_further():
+    found = found_by_name(make_mesh(data=2, fsdp=2, tensor=2), minimum_bytes=0)
+    assert found["encoder/blocks_1_3/mlp/fc1/bias"] == P(None, ("tensor", "fsdp"))
+    assert found["first/norm/scale"] == P("tensor")  # 6 channels are no multiple of 4
+
+
 def test_rules_of_the_config_go_before_those_of_the_layers():
     rules = [("fc1/kernel", ("tensor",)), ("attention", ())]
     found = found_by_name(make_mesh(data=4, tensor=2), rules)

@@ -1,0 +1,90 @@
+"""What a device holds of published models falls as one over the number of devices, and heads and channels divide."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+from layouts import bytes_by_device
+
+from jax_densevit.models import create_model
+from jax_densevit.models.registry import example_inputs, find_model, registered_models
+from jax_densevit.training.mesh import make_mesh
+from jax_densevit.training.paths import named_leaves
+from jax_densevit.training.sharding import like_parameters, parameter_shardings, size_in_bytes
+
+PUBLISHED = (
+    ("setr_pup", "B/16", {"scan": True}),
+    ("setr_pup", "B/16", {}),
+    ("uformer", "B", {}),
+    ("dpt", "base", {}),
+    ("unet", "64", {}),
+    ("axial", "128", {}),
+    ("coltran_colorizer", "ColTran", {}),
+    ("coltran_color_upsampler", "ColTran", {}),
+    ("coltran_spatial_upsampler", "ColTran", {}),
+    ("instance_seq2seg", "token", {}),
+    ("hungarian_unet", "32", {}),
+    ("unet_lite", "lite0", {}),
+)
+# Not trained here: the network of the FID, and what only `unet_lite` takes its encoder from.
+UNTRAINED = ("inception_fid", "efficientnet_lite")
+
+
+@functools.cache
+def state_of(name, variant=None, scan=False):
+    """Shapes of parameters and AdamW's state."""
+    model = create_model(name, variant, **({"scan": True} if scan else {}))
+    fixed = name.startswith("coltran") or name == "vitseg"
+    inputs = example_inputs(model, find_model(name).image_size if fixed else (64, 64))
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    params = jax.eval_shape(model.init, keys, *inputs)["params"]
+    return params, jax.eval_shape(optax.adamw(1e-3).init, params)
+
+
+def shardings_of(state, mesh):
+    params = parameter_shardings(state[0], mesh)
+    return params, like_parameters(state[1], state[0], params, mesh)
+
+
+def held(state, shardings):
+    """Bytes on every device."""
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("name", "variant", "options"), PUBLISHED)
+def test_bytes_fall_as_one_over_the_devices(name, variant, options):
+    state = state_of(name, variant, **options)
+    total = sum(map(size_in_bytes, jax.tree.leaves(state)))
+    for count in (1, 2, 4, 8):
+        mesh = make_mesh(data=1, fsdp=count, devices=jax.devices()[:count])
+        assert 1 <= held(state, shardings_of(state, mesh)) * count / total < 1.06, count
+
+
+@pytest.mark.parametrize(("name", "variant"), [("instance_seq2seg", "token"), ("coltran_color_upsampler", "ColTran")])
+def test_what_is_counted_is_what_arrays_take(name, variant):
+    state = state_of(name, variant)
+    shardings = shardings_of(state, make_mesh(data=1, fsdp=8))
+    arrays = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state), shardings)
+    taken = bytes_by_device(arrays)
+    assert len(taken) == 8 and set(taken.values()) == {held(state, shardings)}
+    assert sum(taken.values()) < 1.06 * sum(map(size_in_bytes, jax.tree.leaves(state)))
+
+
+@pytest.mark.parametrize("name", [name for name in registered_models() if name not in UNTRAINED])
+def test_every_model_divides_most_of_itself_over_tensor(name):
+    """By the rules of its layers alone, two devices; FSDP then divides the same tensors further."""
+    params, _ = state = state_of(name, {"spiral": "S/16"}.get(name))  # its default has three heads
+    places = named_leaves(parameter_shardings(params, make_mesh(data=4, tensor=2)))
+    sizes = {path: leaf.size for path, leaf in named_leaves(params).items()}
+    divided = sum(size for path, size in sizes.items() if not places[path].is_fully_replicated)
+    assert divided > 0.6 * sum(sizes.values())
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    total = sum(map(size_in_bytes, jax.tree.leaves(state)))
+    share = divided / sum(sizes.values())
+    assert held(state, shardings_of(state, mesh)) < 1.06 * total * (share / 8 + (1 - share) / 4)
