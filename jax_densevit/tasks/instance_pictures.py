@@ -118,8 +118,7 @@ def write_objects(
             "category_id": kinds.labels[classes[n]],
             "score": float(scores[n]),
             "area": int(masks[..., n].sum()),
-            "bbox": _box(masks[..., n]),
-            "segmentation": run_lengths(masks[..., n]),
+            "segmentation": run_lengths(masks[..., n]),  # and no box: pycocotools would take its area for the mask's
         }
         rows.append({"image_id": facts.get("image", ""), **row})
     present = [number for number in np.unique(segments).tolist() if number]
