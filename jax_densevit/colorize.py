@@ -37,7 +37,7 @@ from jax_densevit.models.coltran.sampling import METHODS, STATISTICS, SYMBOLS, p
 from jax_densevit.predict import SOME_SKIPPED, check_outputs, find_images, name_outputs, read_ahead
 from jax_densevit.tasks import color_pictures, pictures
 from jax_densevit.tasks.coltran_pipeline import Pipeline, Stage, paint
-from jax_densevit.writing import whole_file, write_json
+from jax_densevit.writing import write_json, write_picture
 
 STAGES = ("colorizer", "color_upsampler", "spatial_upsampler")
 SHEET = 24  # photos on a sheet: more are too long to look at
@@ -85,8 +85,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.sheet:
         columns = ["gray", *(f"sample {i + 1}" for i in range(job.samples))]
         columns += [] if all(photo.gray for photo in colored) else ["truth"]
-        with whole_file(arguments.sheet) as part:
-            pictures.page(columns, [photo.line for photo in colored if photo.line]).save(part)
+        write_picture(arguments.sheet, pictures.page(columns, [photo.line for photo in colored if photo.line]))
     grays = sum(photo.gray for photo in colored)
     print(
         f"{len(colored)} of {len(images)} photos colored ({grays} gray ones, {len(colored) - grays} in color made gray "
@@ -220,9 +219,9 @@ class Job:
         gray, facts, painted = is_gray(image), [], {}
         for i, picture in enumerate(finished):
             painted[f"sample {i + 1}"] = pixels = paint(image, picture)
-            _save(pixels, folder / files[i])
+            write_picture(folder / files[i], Image.fromarray(pixels))
             if self.raw:
-                _save(picture, folder / files[len(finished) + 1 + i])
+                write_picture(folder / files[len(finished) + 1 + i], Image.fromarray(picture))
             steps = {"passes_per_row": float(passes[i].mean())}
             facts.append({"file": files[i], "colorfulness": colorfulness(pixels), **steps})
         size = {"height": image.shape[0], "width": image.shape[1]}
@@ -237,11 +236,6 @@ class Job:
 def example_id(name: Path) -> int:
     """A photo's number for its noise: from its file's name, without folders, so that it keeps its colors elsewhere."""
     return zlib.crc32(unicodedata.normalize("NFC", name.name).encode())
-
-
-def _save(pixels: np.ndarray, path: Path) -> None:
-    with whole_file(path) as part:
-        Image.fromarray(pixels).save(part)
 
 
 def run() -> None:

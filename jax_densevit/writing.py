@@ -30,6 +30,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def write_picture(path: str | os.PathLike, picture: Any) -> None:
+    """Saves an image of Pillow's in the format that the name says."""
+    with whole_file(path) as part:
+        picture.save(part)
+
+
 def write_json(path: str | os.PathLike, values: dict[str, Any]) -> Path:
     """Writes strict JSON (NaN is refused: undefined values are None), one line per entry of the first two levels."""
 
@@ -43,5 +49,6 @@ def write_json(path: str | os.PathLike, values: dict[str, Any]) -> Path:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
     with whole_file(path) as part:
-        part.write_text(lines(values, 2) + "\n", encoding="utf-8")
+        # A file's name need not be UTF-8; JSON has an escape for what Python makes of such bytes.
+        part.write_text(lines(values, 2) + "\n", encoding="utf-8", errors="backslashreplace")
     return Path(path)

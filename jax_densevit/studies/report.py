@@ -12,7 +12,7 @@ from jax_densevit.studies.plan import Plan
 from jax_densevit.studies.run import read_examples, read_result
 from jax_densevit.tasks import color_pictures, pictures
 from jax_densevit.training.checkpoint import Checkpoints
-from jax_densevit.writing import whole_file, write_json
+from jax_densevit.writing import whole_file, write_json, write_picture
 
 # Per kind of task: (title, key of the test scores, format), in the order of the columns.
 SCORES = {
@@ -148,8 +148,7 @@ def _section(task: str, found: list[tuple[Plan, dict[str, Any]]], workdir: Path)
     runs = {title: curves.read_run(folder / "run", "val", best) for title, folder in folders.items()}
     with whole_file(workdir / f"{task}_curves.png") as part:
         curves.picture(runs, best).savefig(part, dpi=110)
-    with whole_file(workdir / f"{task}_sheet.png") as part:
-        _sheet(first["kind"], folders).save(part)
+    write_picture(workdir / f"{task}_sheet.png", _sheet(first["kind"], folders))
     devices = " and ".join(sorted({result["facts"]["device"] for result in results}))
     same = "; ".join(
         f"{r['title']} {r['parameters_as_published']:,}"

@@ -1,7 +1,6 @@
 """What a person looks at when pictures are colored: sheets of gray, colored and true pictures, and files."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ from PIL import Image
 
 from jax_densevit.metrics.image import colorfulness
 from jax_densevit.tasks import pictures
-from jax_densevit.writing import whole_file, write_json
 
 
 def rows(examples: list[dict[str, np.ndarray]], **columns: str) -> list[dict[str, np.ndarray]]:
@@ -44,12 +42,15 @@ def line(row: dict[str, Any]) -> tuple[list[Image.Image], str]:
     return [pictures.fit(np.asarray(picture)) for picture in shown.values()], "   ·   ".join(parts)
 
 
-def write(picture: np.ndarray, paths: Sequence[Path], facts: dict[str, Any]) -> None:
-    """Writes a colored picture uint8 `[H, W, 3]` as PNG and its JSON to the two `paths`."""
-    with whole_file(paths[0]) as part:
-        Image.fromarray(picture).save(part)
+def files(
+    image: np.ndarray, picture: np.ndarray, facts: dict[str, Any], how: str = ""
+) -> tuple[Image.Image, dict[str, Any]]:
+    """A colored picture uint8 `[H, W, 3]` and its JSON; `image` is what was given, `how` says how it was made gray."""
+    picture = np.asarray(picture)
+    gray = bool((image == image[..., :1]).all())
+    given = {"input": "gray" if gray else f"color, made gray first{how}", "input_size": list(image.shape[:2])}
     size = {"height": picture.shape[0], "width": picture.shape[1]}
-    write_json(paths[1], {**facts, **size, "colorfulness": colorfulness(picture)})
+    return Image.fromarray(picture), {**facts, **given, **size, "colorfulness": colorfulness(picture)}
 
 
 def _decibels(truth: np.ndarray, picture: np.ndarray) -> str:

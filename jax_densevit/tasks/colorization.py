@@ -15,7 +15,6 @@ colorfulness does. Every evaluation says beside its numbers what the gray pictur
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -32,6 +31,7 @@ from jax_densevit.metrics.image import PictureMetrics
 from jax_densevit.metrics.metric import Metric
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.tasks import color_pictures
+from jax_densevit.tasks.answers import Answers, number, size_or_none
 from jax_densevit.tasks.losses import heads
 from jax_densevit.tasks.registry import register_task
 from jax_densevit.tasks.regression import LOSSES, regression_loss
@@ -47,7 +47,7 @@ SMALLEST = 32  # side of what a model is fed: U-Net halves four times, others fi
 
 @register_task("colorization")
 @dataclasses.dataclass(frozen=True)
-class ColorizationTask:
+class ColorizationTask(Answers):
     """Colors by regression, for any dense model with three ("rgb") or two ("lab_ab") outputs.
 
     Attributes:
@@ -82,16 +82,13 @@ class ColorizationTask:
         check_name("target of colorization", self.target, TARGETS)
         check_name("gray formula", self.gray, GRAYS)
         check_name("loss of colorization", self.loss_function, LOSSES)
-        for name in ("auxiliary_weight", "fixed_size"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        size_or_none(self, "fixed_size")
+        if isinstance(self.auxiliary_weight, list):
+            object.__setattr__(self, "auxiliary_weight", tuple(self.auxiliary_weight))
         if self.epsilon <= 0:
             raise UserError(f"task.epsilon is {self.epsilon}; it must be above 0, or the loss has no gradient at 0.")
         if self.max_side < 0 or 0 < self.max_side < SMALLEST:
             raise UserError(f"task.max_side is {self.max_side}; it must be at least {SMALLEST}, or 0 for any size.")
-        size = self.fixed_size
-        if len(size) != 2 or min(size) < 0 or (not all(size) and any(size)):
-            raise UserError(f"task.fixed_size {size} must be (height, width) in pixels, or (0, 0).")
 
     @property
     def num_outputs(self) -> int:
@@ -196,47 +193,17 @@ class ColorizationTask:
             "measured_on": "8-bit RGB, clipped, at the picture's own size",
         }
 
-    def charts(self, results: dict[str, dict[str, Any]]) -> dict[str, Image.Image]:
-        """None."""
-        return {}
-
     def sheet(self, examples: list[dict[str, np.ndarray]]) -> Image.Image:
         """One row per example: gray, colored, true."""
         columns = dict(gray="predicted_gray", model="predicted_image", truth="image")
         return color_pictures.sheet(color_pictures.rows(examples, **columns))
 
-    def file_names(self, stem: str) -> tuple[str, ...]:
-        """The names of the files that :meth:`write` makes."""
-        return f"{stem}.png", f"{stem}.json"
-
-    def write(
-        self,
-        image: np.ndarray,
-        prediction: dict[str, np.ndarray],
-        folder: Path,
-        stem: str,
-        facts: dict[str, Any] | None = None,
-    ) -> list[Path]:
-        """Writes the colored picture as PNG, at its own size, and a JSON about it.
-
-        Args:
-          image: what was given, uint8 `[H, W, 3]`.
-          prediction: of this one image, from :meth:`decode`.
-          folder, stem: where to, and how the files are named.
-          facts: what else the JSON shall say.
-        """
+    def files(self, image: np.ndarray, prediction: dict[str, np.ndarray], facts: dict[str, Any]) -> tuple[Any, ...]:
+        """The colored picture, at its own size, and what the JSON says about it."""
         fed = self.decoding_size(*image.shape[:2])
         kept = self.keeps_luminance(fed == image.shape[:2])
-        gray = bool((image == image[..., :1]).all())
-        more = {
-            **(facts or {}),
-            "input": "gray" if gray else f"color, made gray first ({self.gray})",
-            "decoded_at": list(fed),
-            "luminance": "CIELAB lightness of the gray input" if kept else "predicted",
-        }
-        paths = [Path(folder) / name for name in self.file_names(stem)]
-        color_pictures.write(np.asarray(prediction["image"]), paths, more)
-        return paths
+        more = {"decoded_at": list(fed), "luminance": "CIELAB lightness of the gray input" if kept else "predicted"}
+        return color_pictures.files(image, prediction["image"], {**facts, **more}, f" ({self.gray})")
 
     def _normalised(self, gray: jax.Array) -> jax.Array:
         return normalise(jnp.broadcast_to(gray[..., None], (*gray.shape, 3)), self.info.mean, self.info.std)
@@ -310,4 +277,4 @@ def _paint(
 
 def _numbers(found: dict[str, Any]) -> dict[str, float]:
     names = ("PSNR", "L1", "charbonnier", "SSIM", "CIEDE2000", "colorfulness", "delta_colorfulness")
-    return {name: float("nan") if found[name] is None else found[name] for name in names}
+    return {name: number(found[name]) for name in names}

@@ -8,7 +8,6 @@ pixel for the colorizer, whose symbol is a pixel's whole color, and per sub-pixe
 
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 from jax_densevit.errors import UserError
 from jax_densevit.layers.resize import largest_window, resize_area
 from jax_densevit.tasks import color_pictures
+from jax_densevit.tasks.answers import Answers, number
 from jax_densevit.tasks.task import Batch
 
 NUMBERS = ("PSNR", "L1", "SSIM", "CIEDE2000", "colorfulness", "delta_colorfulness")  # of pictures, in a summary
@@ -99,19 +99,12 @@ def no_pictures() -> dict[str, float]:
     return dict.fromkeys(NUMBERS, math.nan)
 
 
-def number(value: float | None) -> float:
-    """NaN for None."""
-    return math.nan if value is None else value
+class StageAnswers(Answers):
+    """The files of a stage."""
 
-
-def write(
-    image: np.ndarray, prediction: dict[str, np.ndarray], paths: list[Path], facts: dict[str, Any] | None
-) -> list[Path]:
-    """Writes the predicted picture, at the size of the stage, and a JSON about it and what it was made from."""
-    gray = bool((image == image[..., :1]).all())
-    more = {**(facts or {}), "input": "gray" if gray else "color, made gray first", "input_size": list(image.shape[:2])}
-    color_pictures.write(np.asarray(prediction["image"]), paths, more)
-    return paths
+    def files(self, image: np.ndarray, prediction: dict[str, np.ndarray], facts: dict[str, Any]) -> tuple[Any, ...]:
+        """The predicted picture, at the size of the stage, and a JSON about it and what it was made from."""
+        return color_pictures.files(image, prediction["image"], facts)
 
 
 @functools.lru_cache(maxsize=256)

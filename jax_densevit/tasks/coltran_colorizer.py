@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -25,6 +24,7 @@ from jax_densevit.metrics.image import PictureMetrics
 from jax_densevit.metrics.metric import Metric
 from jax_densevit.models.output import SymbolOutput
 from jax_densevit.tasks import color_pictures, coltran
+from jax_densevit.tasks.answers import number
 from jax_densevit.tasks.registry import register_task
 from jax_densevit.tasks.task import Batch, LossTerm
 
@@ -33,7 +33,7 @@ BITS, SYMBOLS = 3, 512
 
 @register_task("coltran_colorizer")
 @dataclasses.dataclass(frozen=True)
-class ColorizerTask:
+class ColorizerTask(coltran.StageAnswers):
     """Coarse colors of a gray picture, for the model of the same name.
 
     Attributes:
@@ -126,7 +126,7 @@ class ColorizerTask:
 
     def summary(self, results: dict[str, dict[str, Any]]) -> dict[str, float]:
         """Bits per pixel, the fewer the better, of both heads, and the numbers of the coarse pictures."""
-        bits = {name: coltran.number(results[name]["bits"]) for name in ("autoregressive", "parallel")}
+        bits = {name: number(results[name]["bits"]) for name in ("autoregressive", "parallel")}
         pictures = coltran.picture_numbers(results["colorization"])
         return {"bits": bits["autoregressive"], "parallel_bits": bits["parallel"], **pictures}
 
@@ -137,7 +137,7 @@ class ColorizerTask:
         found = results["autoregressive"]
         bits = {"all colors alike": found["uniform_bits"], "how often each color occurs": found["marginal_bits"]}
         rows = {
-            name: {**dict.fromkeys(("bits", "parallel_bits"), coltran.number(value)), **coltran.no_pictures()}
+            name: {**dict.fromkeys(("bits", "parallel_bits"), number(value)), **coltran.no_pictures()}
             for name, value in bits.items()
         }
         nothing = dict.fromkeys(("bits", "parallel_bits"), math.nan)
@@ -154,29 +154,10 @@ class ColorizerTask:
             "measured_on": "RGB of 3 bits a channel (0, 32, ..., 224), the true picture too, at image_size",
         }
 
-    def charts(self, results: dict[str, dict[str, Any]]) -> dict[str, Image.Image]:
-        """None."""
-        return {}
-
     def sheet(self, examples: list[dict[str, np.ndarray]]) -> Image.Image:
         """One row per example: gray, coarse colors of the model, true coarse colors."""
         columns = dict(gray="predicted_gray", model="predicted_image", truth="predicted_truth")
         return color_pictures.sheet(color_pictures.rows(examples, **columns))
-
-    def file_names(self, stem: str) -> tuple[str, ...]:
-        """The names of the files that :meth:`write` makes."""
-        return f"{stem}.png", f"{stem}.json"
-
-    def write(
-        self,
-        image: np.ndarray,
-        prediction: dict[str, np.ndarray],
-        folder: Path,
-        stem: str,
-        facts: dict[str, Any] | None = None,
-    ) -> list[Path]:
-        """Writes the coarse picture as PNG, at the model's size, and a JSON about it."""
-        return coltran.write(image, prediction, [Path(folder) / name for name in self.file_names(stem)], facts)
 
     def _fitted(self, image: jax.Array) -> jax.Array:
         return coltran.fit(image, self.photo_size, self.image_size)

@@ -10,7 +10,6 @@ import functools
 import math
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -27,6 +26,7 @@ from jax_densevit.metrics.image import PictureMetrics
 from jax_densevit.metrics.metric import Metric
 from jax_densevit.models.output import ChannelOutput
 from jax_densevit.tasks import color_pictures, coltran
+from jax_densevit.tasks.answers import number
 from jax_densevit.tasks.registry import register_task
 from jax_densevit.tasks.task import Batch, LossTerm
 
@@ -34,7 +34,7 @@ VALUES = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class UpsamplerTask:
+class UpsamplerTask(coltran.StageAnswers):
     """Fine values of each color channel; see the subclasses.
 
     Attributes:
@@ -125,7 +125,7 @@ class UpsamplerTask:
 
     def summary(self, results: dict[str, dict[str, Any]]) -> dict[str, float]:
         """Bits per sub-pixel, the fewer the better, and the numbers of the most probable pictures."""
-        bits = coltran.number(results["upsampling"]["bits"])
+        bits = number(results["upsampling"]["bits"])
         return {"bits": bits, **coltran.picture_numbers(results["pictures"])}
 
     def baselines(self, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -134,7 +134,7 @@ class UpsamplerTask:
         """
         found = results["upsampling"]
         bits = {"all values alike": found["uniform_bits"], "how often each value occurs": found["marginal_bits"]}
-        rows = {name: {"bits": coltran.number(value), **coltran.no_pictures()} for name, value in bits.items()}
+        rows = {name: {"bits": number(value), **coltran.no_pictures()} for name, value in bits.items()}
         return rows | {"coarse input": {"bits": math.nan, **coltran.picture_numbers(results["coarse"])}}
 
     def protocol(self) -> dict[str, Any]:
@@ -150,31 +150,12 @@ class UpsamplerTask:
             "measured_on": "8-bit RGB at image_size",
         }
 
-    def charts(self, results: dict[str, dict[str, Any]]) -> dict[str, Image.Image]:
-        """None."""
-        return {}
-
     def sheet(self, examples: list[dict[str, np.ndarray]]) -> Image.Image:
         """One row per example: gray, coarse, fine, true."""
         columns = dict(
             gray="predicted_gray", coarse="predicted_coarse", model="predicted_image", truth="predicted_truth"
         )
         return color_pictures.sheet(color_pictures.rows(examples, **columns))
-
-    def file_names(self, stem: str) -> tuple[str, ...]:
-        """The names of the files that :meth:`write` makes."""
-        return f"{stem}.png", f"{stem}.json"
-
-    def write(
-        self,
-        image: np.ndarray,
-        prediction: dict[str, np.ndarray],
-        folder: Path,
-        stem: str,
-        facts: dict[str, Any] | None = None,
-    ) -> list[Path]:
-        """Writes the fine picture as PNG, at the model's size, and a JSON about it."""
-        return coltran.write(image, prediction, [Path(folder) / name for name in self.file_names(stem)], facts)
 
     def _known(self) -> tuple[int, int]:
         """(values, contexts) of a sub-pixel given its channel and, where they are fewer than all, its coarse bits."""

@@ -2,7 +2,6 @@
 
 import colorsys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 from jax_densevit.tasks.objects import ObjectClasses
 from jax_densevit.tasks.pictures import enlarge_tiny, fit, page
 from jax_densevit.tasks.run_lengths import run_lengths
-from jax_densevit.writing import whole_file, write_json
 
 _MOST_NAMED = 40  # in a picture of more objects names would hide them
 
@@ -100,14 +98,10 @@ def names(
     return found
 
 
-def write_objects(
-    image: np.ndarray,
-    prediction: dict[str, np.ndarray],
-    kinds: ObjectClasses,
-    paths: Sequence[Path],
-    facts: dict[str, Any],
-) -> None:
-    """Writes the 16-bit map of object numbers, the outlines and the JSON of one image to the three `paths`."""
+def files(
+    image: np.ndarray, prediction: dict[str, np.ndarray], kinds: ObjectClasses, facts: dict[str, Any]
+) -> tuple[Image.Image, Image.Image, dict[str, Any]]:
+    """The 16-bit map of object numbers, the outlines and the JSON of one image."""
     segments, classes = np.asarray(prediction["segments"]), np.asarray(prediction["classes"])
     scores, masks = np.asarray(prediction["scores"], np.float64), np.asarray(prediction["masks"])
     height, width = segments.shape
@@ -145,10 +139,7 @@ def write_objects(
     }
     shown = enlarge_tiny(image)
     overlay = outlined(image, segments, names(segments, classes, kinds, scores), (shown.shape[1], shown.shape[0]))
-    for path, picture in zip(paths[:2], (Image.fromarray(segments.astype(np.uint16)), overlay), strict=True):
-        with whole_file(path) as part:
-            picture.save(part)
-    write_json(paths[2], report)
+    return Image.fromarray(segments.astype(np.uint16)), overlay, report
 
 
 def precision_curve(precision: dict[str, Any]) -> Image.Image:

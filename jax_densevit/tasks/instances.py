@@ -9,7 +9,6 @@ after matching, as the study of scattered digits reports them.
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -28,6 +27,7 @@ from jax_densevit.metrics.panoptic import PanopticQuality
 from jax_densevit.metrics.precision import CityscapesPrecision, CocoPrecision
 from jax_densevit.models.output import QueryOutput
 from jax_densevit.tasks import instance_pictures
+from jax_densevit.tasks.answers import Answers, number, size_or_none
 from jax_densevit.tasks.instance_decoding import Decoding, chosen, claim_pixels
 from jax_densevit.tasks.matching import match
 from jax_densevit.tasks.objects import ObjectClasses, Objects, count_objects, find_objects, masks_of
@@ -42,7 +42,7 @@ RULES = ("coco", "cityscapes")
 
 @register_task("instances")
 @dataclasses.dataclass(frozen=True)
-class InstancesTask(SetLoss, Decoding):
+class InstancesTask(SetLoss, Decoding, Answers):
     """Objects of the classes of `info`, for models with queries.
 
     Attributes:
@@ -58,6 +58,7 @@ class InstancesTask(SetLoss, Decoding):
 
     percent: ClassVar[bool] = True
     kind: ClassVar[str] = "instances"
+    suffixes: ClassVar[tuple[str, ...]] = (".png", "_overlay.png", ".json")
 
     info: DataInfo
     things: tuple[str, ...] = ()
@@ -71,9 +72,7 @@ class InstancesTask(SetLoss, Decoding):
         Decoding.__post_init__(self)
         one_of("rules", self.rules, RULES)
         object.__setattr__(self, "things", tuple(self.things))
-        object.__setattr__(self, "fixed_size", tuple(self.fixed_size))
-        if len(self.fixed_size) != 2 or min(self.fixed_size) < 0 or all(self.fixed_size) != any(self.fixed_size):
-            raise UserError(f"task.fixed_size {self.fixed_size} must be (height, width) in pixels, or (0, 0).")
+        size_or_none(self, "fixed_size")
         self.objects  # noqa: B018  a name in `things` that is no class is refused now
 
     @functools.cached_property
@@ -191,11 +190,7 @@ class InstancesTask(SetLoss, Decoding):
         numbers |= {name: results["precision"][name] for name in ("AP", "AP50")}
         numbers |= {name: matched[name] for name in ("accuracy", "dice_loss")}
         numbers["ARI"] = results["clustering"]["ARI"]
-        return {name: float("nan") if value is None else float(value) for name, value in numbers.items()}
-
-    def baselines(self, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-        """None: without a prediction every score is 0."""
-        return {}
+        return {name: number(value) for name, value in numbers.items()}
 
     def protocol(self) -> dict[str, Any]:
         """How predictions are made, JSON-ready: whatever changes a score."""
@@ -211,33 +206,14 @@ class InstancesTask(SetLoss, Decoding):
         """One row per example: image, prediction, truth."""
         return instance_pictures.sheet(examples, self.objects)
 
-    def file_names(self, stem: str) -> tuple[str, ...]:
-        """The names of the files that :meth:`write` makes."""
-        return f"{stem}.png", f"{stem}_overlay.png", f"{stem}.json"
+    def files(self, image: np.ndarray, prediction: dict[str, np.ndarray], facts: dict[str, Any]) -> tuple[Any, ...]:
+        """A 16-bit map of object numbers, the outlines with class and score, and COCO's JSON of one image.
 
-    def write(
-        self,
-        image: np.ndarray,
-        prediction: dict[str, np.ndarray],
-        folder: Path,
-        stem: str,
-        facts: dict[str, Any] | None = None,
-    ) -> list[Path]:
-        """Writes a 16-bit PNG of object numbers, the outlines with class and score, and COCO's JSON of one image.
-
-        The JSON has the objects of the PNG as "segments_info", as COCO's panoptic format, and under "annotations" every
+        The JSON has the objects of the map as "segments_info", as COCO's panoptic format, and under "annotations" every
         mask before pixels were shared out, as its results format has them: RLE, class, score. Classes are numbered as
         in the labels of the training data.
-
-        Args:
-          image: uint8 `[H, W, 3]`.
-          prediction: of this one image, as :meth:`decode` returns it.
-          folder, stem: where to, and how the files are named.
-          facts: what else the JSON shall say.
         """
-        paths = [Path(folder) / name for name in self.file_names(stem)]
-        instance_pictures.write_objects(image, prediction, self.objects, paths, facts or {})
-        return paths
+        return instance_pictures.files(image, prediction, self.objects, facts)
 
     @functools.cached_property
     def _counted(self) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ and close colours (Cityscapes' bus and train) are close classes.
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -25,7 +24,6 @@ from jax_densevit.tasks.registry import register_task
 from jax_densevit.tasks.rows import sum_over_pixels
 from jax_densevit.tasks.segmentation import SegmentationTask, one_of
 from jax_densevit.tasks.task import Batch, LossTerm
-from jax_densevit.writing import whole_file
 
 LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {"mae": jnp.abs, "mse": jnp.square}
 # From the model's outputs to colours. Outputs that a hard one cuts off have no gradient.
@@ -50,6 +48,7 @@ class PaletteTask(SegmentationTask):
     """
 
     kind: ClassVar[str] = "palette"
+    suffixes: ClassVar[tuple[str, ...]] = (*SegmentationTask.suffixes, "_colors.png")
     losses: ClassVar[tuple[str, ...]] = tuple(LOSSES)
 
     loss_function: str = "mae"
@@ -124,20 +123,6 @@ class PaletteTask(SegmentationTask):
         """How predictions are made, JSON-ready."""
         return {**super().protocol(), "activation": self.activation}
 
-    def file_names(self, stem: str) -> tuple[str, ...]:
-        """The names of the files that :meth:`write` makes: segmentation's, and the painted picture."""
-        return (*super().file_names(stem), f"{stem}_colors.png")
-
-    def write(
-        self,
-        image: np.ndarray,
-        prediction: dict[str, np.ndarray],
-        folder: Path,
-        stem: str,
-        facts: dict[str, Any] | None = None,
-    ) -> list[Path]:
+    def files(self, image: np.ndarray, prediction: dict[str, np.ndarray], facts: dict[str, Any]) -> tuple[Any, ...]:
         """As in segmentation, and "colors" as a picture."""
-        paths = super().write(image, prediction, folder, stem, facts)
-        with whole_file(paths[-1]) as part:
-            Image.fromarray(np.asarray(prediction["colors"])).save(part)
-        return paths
+        return *super().files(image, prediction, facts), Image.fromarray(np.asarray(prediction["colors"]))

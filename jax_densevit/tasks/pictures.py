@@ -2,14 +2,12 @@
 
 import colorsys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from jax_densevit.data.source import DataInfo
-from jax_densevit.writing import whole_file, write_json
 
 PAPER, INK, FAINT = (255, 255, 255), (32, 33, 36), (110, 114, 120)
 IGNORED = (222, 222, 226)
@@ -164,38 +162,30 @@ def label_map(labels: np.ndarray, info: DataInfo) -> Image.Image:
     return picture
 
 
-def write_prediction(
-    image: np.ndarray, prediction: dict[str, np.ndarray], info: DataInfo, paths: Sequence[Path], facts: dict[str, Any]
-) -> None:
-    """Writes label map, overlay and JSON of one image to the three `paths`."""
-    labels = np.asarray(prediction["labels"])
+def report(labels: np.ndarray, confidence: np.ndarray | None, info: DataInfo) -> dict[str, Any]:
+    """What a JSON says of a label map `[H, W]`, and of the probability of the chosen classes if it is known."""
+    confidence = None if confidence is None else np.asarray(confidence, np.float64)
+
+    def mean(where: Any = ...) -> float | None:
+        return None if confidence is None else float(confidence[where].mean())
+
     counts = np.bincount(labels.ravel(), minlength=len(info.classes))
-    report = {
-        **facts,
+    return {
         "height": int(labels.shape[0]),
         "width": int(labels.shape[1]),
-        "mean_confidence": None,
+        "mean_confidence": mean(),
         "classes": [
             {
                 "id": i,
                 "class": name,
                 "pixels": int(counts[i]),
                 "share": counts[i] / labels.size,
-                "mean_confidence": None,
+                "mean_confidence": mean(labels == i),
             }
             for i, name in enumerate(info.classes)
             if counts[i]
         ],
     }
-    if "confidence" in prediction:
-        confidence = np.asarray(prediction["confidence"], np.float64)
-        report["mean_confidence"] = float(confidence.mean())
-        for row in report["classes"]:
-            row["mean_confidence"] = float(confidence[labels == row["id"]].mean())
-    for path, picture in zip(paths[:2], (label_map(labels, info), overlay(image, labels, info)), strict=True):
-        with whole_file(path) as part:
-            picture.save(part)
-    write_json(paths[2], report)
 
 
 def confusion_picture(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str = "") -> Image.Image:

@@ -8,7 +8,6 @@ resized, logits are.
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -24,6 +23,7 @@ from jax_densevit.metrics.confusion import ConfusionMatrix
 from jax_densevit.metrics.metric import Metric
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.tasks import pictures
+from jax_densevit.tasks.answers import Answers, number, size_or_none
 from jax_densevit.tasks.losses import DENOMINATORS, LOSSES, heads, segmentation_loss
 from jax_densevit.tasks.registry import register_task
 from jax_densevit.tasks.rooms import Samples, room_for, sample_axis
@@ -37,7 +37,7 @@ MODES = ("whole", "slide")
 
 @register_task("segmentation")
 @dataclasses.dataclass(frozen=True)
-class SegmentationTask:
+class SegmentationTask(Answers):
     """Semantic segmentation of the classes of `info`.
 
     Attributes:
@@ -66,6 +66,7 @@ class SegmentationTask:
 
     percent: ClassVar[bool] = True
     kind: ClassVar[str] = "segmentation"
+    suffixes: ClassVar[tuple[str, ...]] = (".png", "_overlay.png", ".json")
     losses: ClassVar[tuple[str, ...]] = LOSSES
 
     info: DataInfo
@@ -90,7 +91,9 @@ class SegmentationTask:
         one_of("denominator", self.denominator, DENOMINATORS)
         one_of("mode", self.mode, MODES)
         set_ = functools.partial(object.__setattr__, self)
-        for name in ("class_weights", "base_size", "fixed_size", "scales"):
+        size_or_none(self, "base_size", "(long, short)")
+        size_or_none(self, "fixed_size")
+        for name in ("class_weights", "scales"):
             value = getattr(self, name)
             set_(name, tuple(value) if isinstance(value, list | tuple) else (value,))
         if isinstance(self.auxiliary_weight, list):
@@ -120,10 +123,6 @@ class SegmentationTask:
             )
         if not self.scales or min(self.scales) <= 0:
             raise UserError(f"task.scales {self.scales} must be positive factors, e.g. (0.75, 1.0, 1.25).")
-        for name, sides in (("base_size", "(long, short)"), ("fixed_size", "(height, width)")):
-            value = getattr(self, name)
-            if len(value) != 2 or min(value) < 0 or (not all(value) and any(value)):
-                raise UserError(f"task.{name} {value} must be {sides} in pixels, or (0, 0).")
         if all(self.fixed_size) and (all(self.base_size) or self.short_side_at_least or self.scales != (1.0,)):
             raise UserError(
                 f"task.fixed_size={self.fixed_size} resizes every picture to that size; leave base_size, "
@@ -275,11 +274,7 @@ class SegmentationTask:
             "mean_dice": scores["mean_dice"],
             "boundary_IoU": results["boundary"]["mean_boundary_IoU"],
         }
-        return {name: float("nan") if value is None else value for name, value in numbers.items()}
-
-    def baselines(self, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-        """None."""
-        return {}
+        return {name: number(value) for name, value in numbers.items()}
 
     def protocol(self) -> dict[str, Any]:
         """How predictions are made, JSON-ready: whatever changes a score."""
@@ -305,29 +300,14 @@ class SegmentationTask:
         """One row per example: image, prediction, labels, errors; with a legend of the classes."""
         return pictures.sheet(examples, self.info)
 
-    def file_names(self, stem: str) -> tuple[str, ...]:
-        """The names of the files that :meth:`write` makes."""
-        return f"{stem}.png", f"{stem}_overlay.png", f"{stem}.json"
+    def files(self, image: np.ndarray, prediction: dict[str, np.ndarray], facts: dict[str, Any]) -> tuple[Any, ...]:
+        """The label map (palette PNG whose indices are the ids), the colour overlay and the JSON of one image.
 
-    def write(
-        self,
-        image: np.ndarray,
-        prediction: dict[str, np.ndarray],
-        folder: Path,
-        stem: str,
-        facts: dict[str, Any] | None = None,
-    ) -> list[Path]:
-        """Writes the label map (palette PNG whose indices are the ids), the colour overlay and the JSON of one image.
-
-        Args:
-          image: uint8 `[H, W, 3]`.
-          prediction: of this one image: "labels" integers `[H, W]`, "confidence" float `[H, W]` if it is known.
-          folder, stem: where to, and how the files are named.
-          facts: what else the JSON shall say.
+        `prediction`: "labels" integers `[H, W]`, "confidence" float `[H, W]` if it is known.
         """
-        paths = [Path(folder) / name for name in self.file_names(stem)]
-        pictures.write_prediction(image, prediction, self.info, paths, facts or {})
-        return paths
+        labels = np.asarray(prediction["labels"])
+        report = pictures.report(labels, prediction.get("confidence"), self.info)
+        return pictures.label_map(labels, self.info), pictures.overlay(image, labels, self.info), {**facts, **report}
 
     def _checked(self, logits: jax.Array) -> jax.Array:
         if logits.shape[-1] != self.num_outputs:

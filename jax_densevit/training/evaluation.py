@@ -20,7 +20,7 @@ from jax_densevit.data.source import Source
 from jax_densevit.tasks.rooms import cut, give_room
 from jax_densevit.tasks.task import Task
 from jax_densevit.training.mesh import batch_shards, put_batch, replicated
-from jax_densevit.writing import whole_file, write_json
+from jax_densevit.writing import write_json, write_picture
 
 EXACT_SIZES = 8  # for more sizes of pictures than this, arrays get some room, so that few shapes are compiled
 
@@ -144,8 +144,7 @@ def save_evaluation(
     paths = []
     for kind, picture in pictures.items():
         path = stem.with_name(f"{stem.name}_{kind}.png")
-        with whole_file(path) as part:
-            picture.save(part)
+        write_picture(path, picture)
         paths.append(path)
     values = {
         "evaluator": name,
