@@ -1,6 +1,7 @@
 """Convolution blocks that several models share."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,24 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_densevit.layers.embedding import torch_uniform
+from jax_densevit.layers.kernel_gradient import convolution, wants_products
 from jax_densevit.layers.normalization import BatchNorm
 from jax_densevit.layers.product import flat_product
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **options: Any) -> jax.Array:
-    """What `nn.Conv` asks of `lax.conv_general_dilated`; a 1x1 kernel without stride as one matrix product.
+    """What `nn.Conv` asks of `lax.conv_general_dilated`, in forms whose gradients are fast on a CPU.
 
-    Same numbers: the gradients of such a convolution take XLA's CPU compiler three to six times as long.
+    Same numbers. A 1x1 kernel without stride is one matrix product: the gradients of such a convolution take XLA's CPU
+    compiler three to six times as long. Other small kernels without stride and gaps are
+    :func:`kernel_gradient.convolution` where that is faster.
     """
-    pointwise = (
-        kernel.shape[:-2] == (1,) * (x.ndim - 2)
-        and {*strides, *(options.get("lhs_dilation") or ()), options["feature_group_count"]} == {1}
-        and (isinstance(padding, str) or not np.any(padding))
-    )
-    if pointwise:
-        numbers = (((x.ndim - 1,), (0,)), ((), ()))
-        kinds = {name: options[name] for name in ("precision", "preferred_element_type") if name in options}
-        return flat_product(x, kernel.reshape(kernel.shape[-2:]), numbers, **kinds)
+    size, kinds = kernel.shape[:-2], {k: options.get(k) for k in ("precision", "preferred_element_type")}
+    if {*strides, *(options.get("lhs_dilation") or ()), options["feature_group_count"]} == {1}:
+        if set(size) == {1} and (isinstance(padding, str) or not np.any(padding)):
+            numbers = (((x.ndim - 1,), (0,)), ((), ()))
+            return flat_product(x, kernel.reshape(kernel.shape[-2:]), numbers, **kinds)
+        pads = jax.lax.padtype_to_pads(x.shape[1:-1], size, strides, padding) if isinstance(padding, str) else padding
+        usual = {*(options.get("rhs_dilation") or ()), 1} == {1} and {*kinds.values()} == {None} and x.ndim == 4
+        inside = all(0 <= n < k for pair, k in zip(pads, size, strict=True) for n in pair)
+        if usual and inside and 1 < math.prod(size) <= 9 and wants_products(*kernel.shape[-2:]):
+            return convolution(x, kernel, tuple((int(low), int(high)) for low, high in pads))
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 

@@ -23,7 +23,10 @@ def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
       `[B, ceil(h / stride), ceil(w / stride), C]` in the type of `x`; products of half precision are added in float32.
     """
     size = tuple(-(-side // stride) for side in x.shape[1:3])
-    return _correlate(jnp.pad(x, _borders(x, kernel, stride)), kernel, stride, size)
+    # Behind a barrier, or the compiler finds the map itself in the middle of the padded one, and computes what made it
+    # twice: exponentials and quotients of the GELU before it would go through memory, to be shared.
+    padded = jax.lax.optimization_barrier(jnp.pad(x, _borders(x, kernel, stride)))
+    return _correlate(padded, kernel, stride, size)
 
 
 def _borders(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[tuple[int, int], ...]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jax_densevit.errors import UserError
 from jax_densevit.layers.axial_attention import COLUMN, ROW, axial_attention
+from jax_densevit.layers.convolution import convolve
 from jax_densevit.layers.embedding import native_grid, resize_positions, torch_uniform
 from jax_densevit.layers.placement import layer_maker
 from jax_densevit.layers.product import flat_product
@@ -100,7 +101,16 @@ class ConvMlp(nn.Module):
 
 def _conv(features: int, size: int, channels: int, dtype: Any, name: str) -> nn.Conv:
     init = torch_uniform(size * size * channels)
-    return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype, kernel_init=init, bias_init=init, name=name)
+    return nn.Conv(
+        features,
+        (size, size),
+        padding=size // 2,
+        dtype=dtype,
+        kernel_init=init,
+        bias_init=init,
+        conv_general_dilated=convolve,
+        name=name,
+    )
 
 
 def _macs(model: "Axial", size: tuple[int, int]) -> int:

@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name
-from jax_densevit.layers.convolution import Upsample, classifier, conv_norm
+from jax_densevit.layers.convolution import Upsample, classifier, conv_norm, convolve
 from jax_densevit.layers.embedding import native_grid, pad_to_multiple, torch_uniform
 from jax_densevit.layers.normalization import BatchNorm
 from jax_densevit.layers.resize import resize_bilinear
-from jax_densevit.layers.transformer import encoder_macs, gelu
+from jax_densevit.layers.transformer import EncoderOptions, encoder_macs, gelu
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.models.registry import register_model
 from jax_densevit.models.resnet import EXPANSION, ResNet, resnet_macs
-from jax_densevit.models.vit import SIZES, Backbone
+from jax_densevit.models.vit import SIZES, backbone
 
 READOUTS = ("ignore", "add", "project")
 HEADS = ("segmentation", "depth")
@@ -41,7 +41,7 @@ def conv3x3(features: int, channels: int, use_bias: bool, dtype: Any, name: str,
     """A 3x3 convolution with a border of one zero, and PyTorch's default initialisation."""
     init = torch_uniform(9 * channels)
     options = {"padding": 1, "use_bias": use_bias, "dtype": dtype, "kernel_init": init, "bias_init": init}
-    return nn.Conv(features, (3, 3), stride, name=name, **options)
+    return nn.Conv(features, (3, 3), stride, conv_general_dilated=convolve, name=name, **options)
 
 
 def dense(features: int, channels: int, dtype: Any, name: str) -> nn.Dense:
@@ -183,7 +183,7 @@ class DepthHead(nn.Module):
         return nn.relu(x) if self.non_negative else x
 
 
-class Dpt(nn.Module):
+class Dpt(EncoderOptions):
     """DPT: encoder, reassembly, fusion, head and auxiliary head.
 
     Parameters: `stem/...` (hybrid, see `ResNet`), `backbone/...` (see `models.vit.Backbone`; in the hybrid its patches
@@ -238,14 +238,6 @@ class Dpt(nn.Module):
     scale: float = 1.0
     shift: float = 0.0
     pos_rule: str = "setr"
-    gelu: str = "erf"
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    attention: str = "xla"
-    scan: bool = False
-    remat: str = "none"
-    dtype: Any = jnp.float32
 
     @property
     def head_taps(self) -> tuple[int, ...]:
@@ -293,25 +285,8 @@ class Dpt(nn.Module):
         if self.blocks:
             *levels, images = self.stem(name="stem")(images, train)
             patch_size, image_size = 1, native_grid(self.image_size, self.patch_size)
-        tokens = Backbone(
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            mlp_size=self.mlp_size,
-            patch_size=patch_size,
-            image_size=image_size,
-            taps=self.head_taps,
-            pos_rule=self.pos_rule,
-            gelu=self.gelu,
-            norm_epsilon=self.norm_epsilon,
-            dropout=self.dropout,
-            drop_path=self.drop_path,
-            attention=self.attention,
-            scan=self.scan,
-            remat=self.remat,
-            dtype=self.dtype,
-            name="backbone",
-        )(images, train=train)
+        sizes = {"patch_size": patch_size, "image_size": image_size, "taps": self.head_taps}
+        tokens = backbone(self, **sizes)(images, train=train)
         for i, tap in enumerate(self.head_taps, start=len(levels)):
             x = Readout(self.readout, self.gelu, self.dtype, name=f"readout_{i}")(tokens[tap])
             x = x.reshape(x.shape[0], *grid, self.hidden_size)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_densevit.errors import UserError, check_name
-from jax_densevit.layers.convolution import Upsample
+from jax_densevit.layers.convolution import Upsample, convolve
 from jax_densevit.layers.embedding import torch_uniform
 from jax_densevit.layers.transformer import REMAT_POLICIES
 from jax_densevit.layers.window import PADDINGS
@@ -206,7 +206,7 @@ class Uformer(nn.Module):
         rates, start = _drop_path_rates(self.drop_path, self.depths), 0
         init = torch_uniform(9 * images.shape[-1])
         x = clear(images.astype(self.dtype), seen[0])
-        x = nn.Conv(self.base, (3, 3), padding=1, dtype=self.dtype, kernel_init=init, bias_init=init, name="input")(x)
+        x = self._conv3x3(self.base, init, self.dtype, "input")(x)
         x = nn.leaky_relu(x, 0.01)
         maps, features = [], {}
         for i, (name, level) in enumerate(zip(STAGES, LEVELS, strict=True)):
@@ -238,11 +238,15 @@ class Uformer(nn.Module):
                 features["bottleneck"] = x
         init = torch_uniform(9 * x.shape[-1])
         x = clear(x, seen[0]).astype(jnp.float32)
-        logits = nn.Conv(self.num_classes, (3, 3), padding=1, kernel_init=init, bias_init=init, name="output")(x)
+        logits = self._conv3x3(self.num_classes, init, jnp.float32, "output")(x)
         if self.residual != "none" and images.shape[-1] == self.num_classes:
             if self.residual == "study" or images.shape[-1] == 3:
                 logits = logits + images.astype(jnp.float32)
         return DenseOutput(logits=logits, features=features, covers=size)
+
+    def _conv3x3(self, features: int, init: Any, dtype: Any, name: str) -> nn.Conv:
+        options = {"padding": 1, "dtype": dtype, "kernel_init": init, "bias_init": init}
+        return nn.Conv(features, (3, 3), conv_general_dilated=convolve, name=name, **options)
 
     def _downsample(self, x: jax.Array, i: int) -> jax.Array:
         """4x4 convolution of stride 2: `[B, h, w, C]` -> `[B, ceil(h / 2), ceil(w / 2), 2 C]`."""

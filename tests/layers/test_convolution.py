@@ -72,13 +72,20 @@ def test_conv_norm_is_convolution_then_normalisation_then_relu(kernel_size, use_
         (1, {"input_dilation": 2, "padding": 0}),
         (1, {"padding": "VALID", "kernel_dilation": 2}),
         (3, {}),
+        (3, {"padding": "VALID", "features": 96, "channels": 48}),
+        (3, {"padding": ((2, 1), (0, 1)), "features": 48, "channels": 96}),
+        (2, {"padding": ((1, 0), (0, 1)), "features": 5, "channels": 20}),
+        (3, {"features": 96, "channels": 48, "strides": 2}),
+        (3, {"features": 96, "channels": 48, "kernel_dilation": 2}),
+        (3, {"features": 96, "channels": 48, "padding": 3}),
     ],
 )
 def test_convolve_is_the_convolution(kernel_size, options):
-    """Only a 1x1 kernel without stride, border, groups and gaps is a product; whatever else stays a convolution."""
-    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 6))
-    ours = nn.Conv(8, (kernel_size,) * 2, conv_general_dilated=convolve, **options)
-    theirs = nn.Conv(8, (kernel_size,) * 2, **options)
+    """Products, or gradients that are products, wherever they may stand for it; whatever else stays a convolution."""
+    options = {"features": 8, "channels": 6, **options}
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, options.pop("channels")))
+    theirs = nn.Conv(kernel_size=(kernel_size,) * 2, **options)
+    ours = theirs.clone(conv_general_dilated=convolve)
     variables = theirs.init(jax.random.key(1), x)
     results = [jax.vjp(model.apply, variables, x) for model in (ours, theirs)]
     gradients = [pull(jnp.cos(y)) for y, pull in results]
