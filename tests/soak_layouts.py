@@ -1,6 +1,7 @@
 """Trains every model on eight virtual devices in every layout and compares with one device, at sizes near real ones.
 
     python tests/soak_layouts.py [--steps 2] [--only NAME ...]
+    python tests/soak_layouts.py --bytes        what a device holds of published models, and nothing is trained
 
 Parameters have the published widths or half of them, pictures are small. Exit code 0 when the losses and norms of every
 step and the parameters afterwards are those of one device within 1e-5, in float32. The tests do the same with the
@@ -8,6 +9,7 @@ smallest models that eight devices divide (`tests/training/test_step_models.py`)
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -16,10 +18,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the work
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false",
 }
 sys.path[:0] = [str(HERE.parent), str(HERE / "training")]
 
+import jax  # noqa: E402
 import layouts  # noqa: E402
 
 from jax_densevit.training.mesh import make_mesh  # noqa: E402
@@ -27,6 +31,7 @@ from jax_densevit.training.mesh import make_mesh  # noqa: E402
 LIMIT = 1e-5
 _INSTANCES = {"slots": 4}
 _COLTRAN = {"variant": "small", "image_size": 16}
+_DEPTH = {"encoder_layers": 2, "outer_layers": 1, "inner_layers": 1}
 # As `layouts.TINY`.
 MODELS: dict[str, tuple[str, dict, str, dict, int]] = {
     "setr": ("setr_pup", {"variant": "S/16", "image_size": 64, "scan": True, "remat": "full"}, "segmentation", {}, 64),
@@ -35,17 +40,23 @@ MODELS: dict[str, tuple[str, dict, str, dict, int]] = {
     "unet": ("unet", {"variant": "64"}, "segmentation", {}, 32),
     "unet_lite": ("unet_lite", {}, "segmentation", {}, 64),
     "axial": ("axial", {"num_layers": 4, "scan": True}, "segmentation", {}, 16),
-    "colorizer": ("coltran_colorizer", _COLTRAN, "coltran_colorizer", {"image_size": 16, "photo_size": 16}, 16),
+    "colorizer": (
+        "coltran_colorizer",
+        {**_COLTRAN, **_DEPTH},
+        "coltran_colorizer",
+        {"image_size": 16, "photo_size": 16},
+        16,
+    ),
     "color upsampler": (
         "coltran_color_upsampler",
-        _COLTRAN,
+        {**_COLTRAN, "num_layers": 2},
         "coltran_color_upsampler",
         {"image_size": 16, "coarse_size": 16, "photo_size": 16},
         16,
     ),
     "spatial upsampler": (
         "coltran_spatial_upsampler",
-        _COLTRAN,
+        {**_COLTRAN, "num_layers": 2},
         "coltran_spatial_upsampler",
         {"image_size": 16, "coarse_size": 4, "photo_size": 16},
         16,
@@ -56,12 +67,33 @@ MODELS: dict[str, tuple[str, dict, str, dict, int]] = {
 }
 
 
+def print_bytes() -> None:
+    """MiB of parameters and AdamW's state on the fullest device, and how much more that is than one Nth of all."""
+    meshes = {f"fsdp {count}": {"data": 1, "fsdp": count} for count in (1, 2, 4, 8)}
+    meshes["fsdp 4, tensor 2"] = {"data": 1, "fsdp": 4, "tensor": 2}
+    print(f"{'':36}", *(f"{title:>17}" for title in meshes))
+    for name, variant, options in layouts.PUBLISHED:
+        state, cells = layouts.state_of(name, variant, **options), []
+        for sizes in meshes.values():
+            count = math.prod(sizes.values())
+            mesh = make_mesh(**sizes, devices=jax.devices()[:count])
+            held = layouts.held(state, layouts.shardings_of(state, mesh))
+            total = held if count == 1 else total
+            cells.append(f"{held / 2**20:10,.1f} {held * count / total - 1:+5.1%}")
+        title = f"{name} {variant}{' scanned' if options else ''}"
+        print(f"{title:36}", *(f"{cell:>17}" for cell in cells))
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--bytes", action="store_true")
     given = parser.parse_args()
+    if given.bytes:
+        print_bytes()
+        return 0
     failed = []
     print(f"{'model':20} {'layout':16} {'losses':>8} {'state':>8}   bytes on the fullest device")
     for name in given.only:

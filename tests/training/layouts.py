@@ -5,17 +5,21 @@ say whether forward pass, backward pass and optimizer are those of one device.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from tiny_training import Training, tiny_config
 
 from jax_densevit.data.source import DataInfo
 from jax_densevit.models import create_model
+from jax_densevit.models.registry import example_inputs, find_model
 from jax_densevit.tasks import create_task
 from jax_densevit.training.mesh import make_mesh, put_batch
 from jax_densevit.training.paths import named_leaves
+from jax_densevit.training.sharding import like_parameters, parameter_shardings
 
 LAYOUTS = {
     "data": {"data": 8},
@@ -97,6 +101,22 @@ TINY: dict[str, tuple[str, dict, str, dict, int]] = {
     ),
     "hungarian_unet": ("hungarian_unet", {"base": 8, "num_queries": 4}, "instances", {"slots": 3}, 16),
 }
+
+# Published models: name, variant, options.
+PUBLISHED = (
+    ("setr_pup", "B/16", {"scan": True}),
+    ("setr_pup", "B/16", {}),
+    ("uformer", "B", {}),
+    ("dpt", "base", {}),
+    ("unet", "64", {}),
+    ("axial", "128", {}),
+    ("coltran_colorizer", "ColTran", {}),
+    ("coltran_color_upsampler", "ColTran", {}),
+    ("coltran_spatial_upsampler", "ColTran", {}),
+    ("instance_seq2seg", "token", {}),
+    ("hungarian_unet", "32", {}),
+    ("unet_lite", "lite0", {}),
+)
 
 
 def pictures(side: int, task: str) -> dict[str, np.ndarray]:
@@ -186,3 +206,28 @@ def largest_difference(first: Any, second: Any) -> tuple[float, str]:
             difference = np.abs(value - other).max() / max(1.0, np.abs(value).max())
             worst = max(worst, (float(difference), name))
     return worst
+
+
+@functools.cache
+def state_of(name, variant=None, scan=False):
+    """Shapes of the parameters of a model, and of AdamW's state for them."""
+    model = create_model(name, variant, **({"scan": True} if scan else {}))
+    fixed = name.startswith("coltran") or name == "vitseg"
+    inputs = example_inputs(model, find_model(name).image_size if fixed else (64, 64))
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    params = jax.eval_shape(model.init, keys, *inputs)["params"]
+    return params, jax.eval_shape(optax.adamw(1e-3).init, params)
+
+
+def shardings_of(state, mesh):
+    """Where they lie by themselves."""
+    params = parameter_shardings(state[0], mesh)
+    return params, like_parameters(state[1], state[0], params, mesh)
+
+
+def held(state, shardings):
+    """Bytes that every device holds of such shapes."""
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
+    )

@@ -1,60 +1,17 @@
 """What a device holds of published models falls as one over the number of devices, and heads and channels divide."""
 
-import functools
-import math
-
 import jax
 import numpy as np
-import optax
 import pytest
-from layouts import bytes_by_device
+from layouts import PUBLISHED, bytes_by_device, held, shardings_of, state_of
 
-from jax_densevit.models import create_model
-from jax_densevit.models.registry import example_inputs, find_model, registered_models
+from jax_densevit.models.registry import registered_models
 from jax_densevit.training.mesh import make_mesh
 from jax_densevit.training.paths import named_leaves
-from jax_densevit.training.sharding import like_parameters, parameter_shardings, size_in_bytes
+from jax_densevit.training.sharding import parameter_shardings, size_in_bytes
 
-PUBLISHED = (
-    ("setr_pup", "B/16", {"scan": True}),
-    ("setr_pup", "B/16", {}),
-    ("uformer", "B", {}),
-    ("dpt", "base", {}),
-    ("unet", "64", {}),
-    ("axial", "128", {}),
-    ("coltran_colorizer", "ColTran", {}),
-    ("coltran_color_upsampler", "ColTran", {}),
-    ("coltran_spatial_upsampler", "ColTran", {}),
-    ("instance_seq2seg", "token", {}),
-    ("hungarian_unet", "32", {}),
-    ("unet_lite", "lite0", {}),
-)
 # Not trained here: the network of the FID, and what only `unet_lite` takes its encoder from.
 UNTRAINED = ("inception_fid", "efficientnet_lite")
-
-
-@functools.cache
-def state_of(name, variant=None, scan=False):
-    """Shapes of parameters and AdamW's state."""
-    model = create_model(name, variant, **({"scan": True} if scan else {}))
-    fixed = name.startswith("coltran") or name == "vitseg"
-    inputs = example_inputs(model, find_model(name).image_size if fixed else (64, 64))
-    keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-    params = jax.eval_shape(model.init, keys, *inputs)["params"]
-    return params, jax.eval_shape(optax.adamw(1e-3).init, params)
-
-
-def shardings_of(state, mesh):
-    params = parameter_shardings(state[0], mesh)
-    return params, like_parameters(state[1], state[0], params, mesh)
-
-
-def held(state, shardings):
-    """Bytes on every device."""
-    return sum(
-        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
-    )
 
 
 @pytest.mark.parametrize(("name", "variant", "options"), PUBLISHED)
