@@ -5,19 +5,11 @@ report "Image Segmentation with Transformers" (Schmidt-Mengin 2021): post-norm b
 GELU, dropout 0.1 of hidden states and of attention weights.
 
 Modules hold these parameters at their own top level, as `BertModel` does: `position_embedding [1, rows, D]`,
-`token_type_embedding [2, D]`, `norm/{scale,bias}`, `encoder/block_<i>/...` (see `layers.transformer.Encoder`). They
-have the fields `hidden_size, num_layers, num_heads, mlp_size, patch_size, image_size, pos_rule, norm_style, dropout,
-attention_dropout, token_type, bert_compatible, vocabulary, attention, remat, dtype`:
-
-  pos_rule: how the position table is resized to other images, see `layers.embedding.POSITION_RULES`.
-  norm_style: "post", as BERT, or "pre", which needs a norm behind the encoder.
-  token_type: whether the (constant) vector of BERT's token type 0 is added.
-  bert_compatible: the parameters of Hugging Face's `BertModel`, for weights from and to there: 512 positions counted
-    along the sequence whatever the width of the image, and a pooler that nothing reads.
-  vocabulary: with `bert_compatible`, rows of a word table that nothing reads.
+`token_type_embedding [2, D]`, `norm/{scale,bias}`, `encoder/block_<i>/...` (see `layers.transformer.Encoder`).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,7 +25,38 @@ EPSILON = 1e-12
 _NORMAL = nn.initializers.normal(0.02)
 
 
-def embed_tokens(module: nn.Module, patches: jax.Array, *, train: bool, queries: jax.Array | None = None) -> jax.Array:
+class BertOptions(nn.Module):
+    """The fields that modules around these layers have besides their sizes.
+
+    Attributes:
+      pos_rule: how the position table is resized to other images, see `layers.embedding.POSITION_RULES`.
+      norm_style: "post", as BERT, or "pre", which needs a norm behind the encoder.
+      dropout: rate of the hidden states: after the embedding and after each branch.
+      attention_dropout: rate of the attention weights.
+      token_type: whether the (constant) vector of BERT's token type 0 is added.
+      bert_compatible: the parameters of Hugging Face's `BertModel`, for weights from and to there: 512 positions
+        counted along the sequence whatever the width of the image, and a pooler that nothing reads.
+      vocabulary: with `bert_compatible`, rows of a word table that nothing reads.
+      attention: implementation of attention, see `layers.attention.attend`.
+      remat: what the backward pass keeps, see `layers.transformer.REMAT_POLICIES`.
+      dtype: type of the computation; parameters, norms' statistics and outputs are float32.
+    """
+
+    pos_rule: str = "timm"
+    norm_style: str = "post"
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    token_type: bool = True
+    bert_compatible: bool = False
+    vocabulary: int = 0
+    attention: str = "xla"
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+
+def embed_tokens(
+    module: BertOptions, patches: jax.Array, *, train: bool, queries: jax.Array | None = None
+) -> jax.Array:
     """What enters the first block; to be called in `module`'s compact method.
 
     Args:
@@ -72,7 +95,7 @@ def embed_tokens(module: nn.Module, patches: jax.Array, *, train: bool, queries:
     return nn.Dropout(module.dropout)(x, deterministic=not train)
 
 
-def bert_encoder(module: nn.Module, taps: Sequence[int] = ()) -> Encoder:
+def bert_encoder(module: BertOptions, taps: Sequence[int] = ()) -> Encoder:
     """The blocks of `module`, named "encoder"."""
     return Encoder(
         module.num_layers,

@@ -122,7 +122,32 @@ def layer_norm(epsilon: float, dtype: Any, name: str | None) -> LayerNorm:
     return LayerNorm(epsilon, dtype, name=name)
 
 
-class Encoder(nn.Module):
+class EncoderOptions(nn.Module, kw_only=True):
+    """The fields of :class:`Encoder` that models around it have, too, and pass on by :meth:`encoder_options`.
+
+    Attributes:
+      gelu, norm_epsilon, dropout, attention, dtype: see :class:`EncoderBlock`.
+      drop_path: rate of stochastic depth of the last block; block i of L has `drop_path * i / (L - 1)`.
+      scan: run each segment as one scanned block: program size and tracing time no longer grow with depth.
+      remat: a name of `REMAT_POLICIES`. Scanning without it keeps more memory than unrolling: use them together.
+    """
+
+    gelu: str = "erf"
+    norm_epsilon: float = 1e-6
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    attention: str = "xla"
+    scan: bool = False
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @nn.nowrap
+    def encoder_options(self) -> dict[str, Any]:
+        """These fields by name."""
+        return {name: getattr(self, name) for name in EncoderOptions.__annotations__ if name not in ("parent", "name")}
+
+
+class Encoder(EncoderOptions):
     """A stack of :class:`EncoderBlock`, without a norm after the last.
 
     Parameters, unrolled: `block_0`, `block_1`, ... Scanned: one entry `blocks_<start>_<stop>` per segment between taps,
@@ -132,25 +157,13 @@ class Encoder(nn.Module):
     Attributes:
       num_layers: number of blocks.
       taps: block numbers, counted from 1, whose outputs are returned beside the last one's.
-      dropout: see :class:`EncoderBlock`.
-      drop_path: rate of stochastic depth of the last block; block i of L has `drop_path * i / (L - 1)`.
-      scan: run each segment as one scanned block: program size and tracing time no longer grow with depth.
-      remat: a name of `REMAT_POLICIES`. Scanning without it keeps more memory than unrolling: use them together.
-      Others: see :class:`EncoderBlock`.
+      Others: see :class:`EncoderOptions` and :class:`EncoderBlock`.
     """
 
     num_layers: int
     num_heads: int
     mlp_size: int
     taps: tuple[int, ...] = ()
-    gelu: str = "erf"
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    attention: str = "xla"
-    scan: bool = False
-    remat: str = "none"
-    dtype: Any = jnp.float32
     norm_style: str = "pre"
     attention_dropout: float = 0.0
     mlp_dropout: float | None = None

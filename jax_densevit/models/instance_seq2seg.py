@@ -5,14 +5,12 @@ proposes as heads: masks from pixels and attention maps, and masks in the coordi
 BERT's, see `layers.bert`.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name
-from jax_densevit.layers.bert import EPSILON, bert_encoder, embed_tokens
+from jax_densevit.layers.bert import EPSILON, BertOptions, bert_encoder, embed_tokens
 from jax_densevit.layers.convolution import Upsample
 from jax_densevit.layers.embedding import PatchEmbedding, pad_to_multiple
 from jax_densevit.layers.transformer import encoder_macs, layer_norm
@@ -51,7 +49,7 @@ def _macs(model: "InstanceSeq2Seg", size: tuple[int, int]) -> int:
     image_size=(64, 64),
     num_classes=10,
 )
-class InstanceSeq2Seg(nn.Module):
+class InstanceSeq2Seg(BertOptions):
     """Objects by queries in the sequence of patches; see the head of this file.
 
     The variants "bert-P/R" are the published form, Hugging Face's `BertModel` (with a word table of one row) and linear
@@ -73,13 +71,7 @@ class InstanceSeq2Seg(nn.Module):
       gray: patches are of the mean of the three channels.
       hidden_size, num_layers, num_heads, mlp_size, patch_size: sizes; the report's, where it says them.
       image_size: a side or (height, width): native size of the position table.
-      norm_style: "post", as BERT, or "pre".
-      dropout: rate of the hidden states: after the embedding and after each branch.
-      attention_dropout: rate of the attention weights.
-      pos_rule, token_type, bert_compatible, vocabulary: see `layers.bert`.
-      attention: implementation of attention, see `layers.attention.attend`.
-      remat: what the backward pass keeps, see `layers.transformer.REMAT_POLICIES`.
-      dtype: type of the computation; parameters, norms' statistics and outputs are float32.
+      Others: see `layers.bert.BertOptions`.
     """
 
     num_classes: int = 10
@@ -96,16 +88,6 @@ class InstanceSeq2Seg(nn.Module):
     mlp_size: int = 2048
     patch_size: int = 8
     image_size: int | tuple[int, int] = (64, 64)
-    pos_rule: str = "timm"
-    norm_style: str = "post"
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    token_type: bool = True
-    bert_compatible: bool = False
-    vocabulary: int = 0
-    attention: str = "xla"
-    remat: str = "none"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> QueryOutput:

@@ -4,13 +4,11 @@ The encoder is BERT's, see `layers.bert`. The decoder has no more than one produ
 patch of logits.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jax_densevit.layers.bert import EPSILON, bert_encoder, embed_tokens
+from jax_densevit.layers.bert import EPSILON, BertOptions, bert_encoder, embed_tokens
 from jax_densevit.layers.convolution import Upsample
 from jax_densevit.layers.embedding import PatchEmbedding, pad_to_multiple
 from jax_densevit.layers.transformer import encoder_macs, layer_norm
@@ -37,7 +35,7 @@ def _macs(model: "Seq2Seg", size: tuple[int, int]) -> int:
     image_size=(128, 256),
     num_classes=34,
 )
-class Seq2Seg(nn.Module):
+class Seq2Seg(BertOptions):
     """Semantic segmentation by a BERT encoder; see the head of this file.
 
     With 34 classes and 128 patches of 128 x 256 pixels there are 49,903,906 parameters, 49,902,370 without token types,
@@ -54,13 +52,7 @@ class Seq2Seg(nn.Module):
       image_size: a side or (height, width): native size of the position table.
       skip: decode the sum of the hidden states of all blocks; False decodes the last one only.
       include_embedding: whether that sum includes what enters the first block.
-      norm_style: "post", as BERT, or "pre", which has a norm on what is decoded too.
-      dropout: rate of the hidden states: after the embedding and after each branch.
-      attention_dropout: rate of the attention weights.
-      pos_rule, token_type, bert_compatible, vocabulary: see `layers.bert`.
-      attention: implementation of attention, see `layers.attention.attend`.
-      remat: what the backward pass keeps, see `layers.transformer.REMAT_POLICIES`.
-      dtype: type of the computation; parameters, norms' statistics and the head are float32.
+      Others: see `layers.bert.BertOptions`.
     """
 
     num_classes: int = 34
@@ -70,18 +62,8 @@ class Seq2Seg(nn.Module):
     mlp_size: int = 3072
     patch_size: int = 16
     image_size: int | tuple[int, int] = (128, 256)
-    pos_rule: str = "timm"
     skip: bool = True
     include_embedding: bool = True
-    norm_style: str = "post"
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    token_type: bool = True
-    bert_compatible: bool = False
-    vocabulary: int = 0
-    attention: str = "xla"
-    remat: str = "none"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> DenseOutput:

@@ -26,11 +26,11 @@ from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.convolution import classifier, conv_norm
 from jax_densevit.layers.embedding import native_grid, pad_to_multiple, torch_uniform
 from jax_densevit.layers.resize import resize_bilinear
-from jax_densevit.layers.transformer import encoder_macs, layer_norm
+from jax_densevit.layers.transformer import EncoderOptions, encoder_macs, layer_norm
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.models.registry import register_model
 from jax_densevit.models.resnet import EXPANSION, ResNet, resnet_macs
-from jax_densevit.models.vit import SIZES, Backbone, backbone_macs
+from jax_densevit.models.vit import SIZES, backbone, backbone_macs
 
 DECODERS = ("naive", "pup", "mla")
 FLAVORS = ("official", "mmseg")
@@ -172,7 +172,7 @@ def enlarge(x: jax.Array, scale: int) -> jax.Array:
     return resize_bilinear(x, (x.shape[1] * scale, x.shape[2] * scale)) if scale != 1 else x
 
 
-class Setr(nn.Module):
+class Setr(EncoderOptions):
     """SETR: encoder, decoder and auxiliary heads.
 
     Parameters: `stem/...` (hybrid, see `models.resnet.ResNet`), `backbone/...` (see `models.vit.Backbone`; in the
@@ -213,14 +213,6 @@ class Setr(nn.Module):
     auxiliary: bool = True
     auxiliary_convs: int = 0
     pos_rule: str = "setr"
-    gelu: str = "erf"
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    attention: str = "xla"
-    scan: bool = False
-    remat: str = "none"
-    dtype: Any = jnp.float32
 
     @property
     def head_taps(self) -> tuple[int, ...]:
@@ -243,26 +235,8 @@ class Setr(nn.Module):
         if self.blocks:
             images = self.stem(name="stem")(pad_to_multiple(images, patch_size), train)[-1]
             patch_size, image_size = 1, native_grid(image_size, patch_size)
-        tokens = Backbone(
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            mlp_size=self.mlp_size,
-            patch_size=patch_size,
-            image_size=image_size,
-            taps=self.head_taps,
-            cls_token=self.decoder != "mla",
-            pos_rule=self.pos_rule,
-            gelu=self.gelu,
-            norm_epsilon=self.norm_epsilon,
-            dropout=self.dropout,
-            drop_path=self.drop_path,
-            attention=self.attention,
-            scan=self.scan,
-            remat=self.remat,
-            dtype=self.dtype,
-            name="backbone",
-        )(images, train=train)
+        sizes = {"patch_size": patch_size, "image_size": image_size, "taps": self.head_taps}
+        tokens = backbone(self, **sizes, cls_token=self.decoder != "mla")(images, train=train)
         maps = {n: x[:, -grid[0] * grid[1] :].reshape(x.shape[0], *grid, -1) for n, x in tokens.items()}
         supervise = self.auxiliary and (train or self.is_initializing())
         if self.decoder == "mla":

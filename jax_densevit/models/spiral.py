@@ -30,10 +30,10 @@ from jax_densevit.layers.embedding import (
     resize_positions,
     unpatchify,
 )
-from jax_densevit.layers.transformer import layer_norm
+from jax_densevit.layers.transformer import EncoderOptions, layer_norm
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.models.registry import register_model
-from jax_densevit.models.vit import SIZES, Backbone, backbone_macs
+from jax_densevit.models.vit import SIZES, backbone, backbone_macs
 
 
 def spiral_order(height: int, width: int) -> np.ndarray:
@@ -190,7 +190,7 @@ def _macs(model: "Spiral", size: tuple[int, int]) -> int:
     image_size=(256, 256),
     num_classes=19,
 )
-class Spiral(nn.Module):
+class Spiral(EncoderOptions):
     """Autoregressive segmentation in spiral order; see the head of this file. Train it with the task "spiral".
 
     Parameters: `backbone/...` (`vit.Backbone` without a class token), `norm`, `decoder/...` (:class:`SpiralDecoder`).
@@ -213,14 +213,6 @@ class Spiral(nn.Module):
     patch_size: int = 16
     image_size: int | tuple[int, int] = (256, 256)
     pos_rule: str = "timm"
-    gelu: str = "erf"
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    attention: str = "xla"
-    scan: bool = False
-    remat: str = "none"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None, train: bool = False) -> DenseOutput:
@@ -246,25 +238,7 @@ class Spiral(nn.Module):
         height, width = images.shape[1:3]
         grid = height // p, width // p
         order = spiral_order(*grid)
-        tokens = Backbone(
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            mlp_size=self.mlp_size,
-            patch_size=p,
-            image_size=self.image_size,
-            cls_token=False,
-            pos_rule=self.pos_rule,
-            gelu=self.gelu,
-            norm_epsilon=self.norm_epsilon,
-            dropout=self.dropout,
-            drop_path=self.drop_path,
-            attention=self.attention,
-            scan=self.scan,
-            remat=self.remat,
-            dtype=self.dtype,
-            name="backbone",
-        )(images, train=train)[self.num_layers]
+        tokens = backbone(self, cls_token=False)(images, train=train)[self.num_layers]
         tokens = layer_norm(self.norm_epsilon, self.dtype, "norm")(tokens)
         decoder = SpiralDecoder(
             k,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.embedding import PatchEmbedding, Tokens, native_grid, pad_to_multiple
-from jax_densevit.layers.transformer import Encoder, encoder_macs, layer_norm
+from jax_densevit.layers.transformer import Encoder, EncoderOptions, encoder_macs, layer_norm
 from jax_densevit.models.output import ClassOutput
 from jax_densevit.models.registry import register_model
 
@@ -26,7 +26,7 @@ SIZES = {
 }
 
 
-class Backbone(nn.Module):
+class Backbone(EncoderOptions):
     """Patches, tokens, positions and the encoder, without the final norm: what dense models build on.
 
     Parameters: `embedding/{kernel,bias}`, `tokens/{cls_token,distillation_token,position_embedding}`,
@@ -37,8 +37,7 @@ class Backbone(nn.Module):
       image_size: a side or (height, width): the native size of the position table.
       taps: block numbers, counted from 1, whose outputs are returned beside the last one's.
       cls_token, distilled, cls_position, pos_rule: see `Tokens`.
-      gelu, norm_epsilon, dropout, drop_path, attention, scan, remat, dtype: see `Encoder`. `dropout` also follows
-        the addition of positions.
+      Others: see `EncoderOptions`. `dropout` also follows the addition of positions.
     """
 
     hidden_size: int
@@ -52,14 +51,6 @@ class Backbone(nn.Module):
     distilled: bool = False
     cls_position: bool = True
     pos_rule: str = "timm"
-    gelu: str = "erf"
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    attention: str = "xla"
-    scan: bool = False
-    remat: str = "none"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> dict[int, jax.Array]:
@@ -84,16 +75,16 @@ class Backbone(nn.Module):
             self.num_heads,
             self.mlp_size,
             self.taps,
-            self.gelu,
-            self.norm_epsilon,
-            self.dropout,
-            self.drop_path,
-            self.attention,
-            self.scan,
-            self.remat,
-            self.dtype,
+            **self.encoder_options(),
             name="encoder",
         )(x, train=train)
+
+
+def backbone(model: EncoderOptions, **changes: Any) -> Backbone:
+    """The backbone of a model that has its sizes and options under the same names, but for `changes`."""
+    names = ("hidden_size", "num_layers", "num_heads", "mlp_size", "patch_size", "image_size", "pos_rule")
+    same = {name: getattr(model, name) for name in names} | model.encoder_options()
+    return Backbone(**{**same, **changes}, name="backbone")
 
 
 def backbone_macs(model: Any, size: tuple[int, int], prefix: int) -> int:
@@ -119,7 +110,7 @@ def _macs(model: "ViT", size: tuple[int, int]) -> int:
     image_size=(224, 224),
     num_classes=1000,
 )
-class ViT(nn.Module):
+class ViT(EncoderOptions):
     """ViT image classifier, every published dialect by options.
 
     Parameters: `backbone/...` (see `Backbone`), `norm/{scale,bias}`, `head/{kernel,bias}` and, when distilled,
@@ -144,14 +135,6 @@ class ViT(nn.Module):
     distilled: bool = False
     cls_position: bool = True
     pos_rule: str = "timm"
-    gelu: str = "erf"
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    attention: str = "xla"
-    scan: bool = False
-    remat: str = "none"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> ClassOutput:
@@ -166,28 +149,8 @@ class ViT(nn.Module):
             raise UserError("distilled=True needs cls_token=True: the distillation token follows the class token.")
         if self.pool == "token" and not self.cls_token:
             raise UserError("pool='token' needs cls_token=True; use pool='gap' without a class token.")
-        tokens = Backbone(
-            self.hidden_size,
-            self.num_layers,
-            self.num_heads,
-            self.mlp_size,
-            self.patch_size,
-            self.image_size,
-            (),
-            self.cls_token,
-            self.distilled,
-            self.cls_position,
-            self.pos_rule,
-            self.gelu,
-            self.norm_epsilon,
-            self.dropout,
-            self.drop_path,
-            self.attention,
-            self.scan,
-            self.remat,
-            self.dtype,
-            name="backbone",
-        )(images, train=train)[self.num_layers]
+        own = {name: getattr(self, name) for name in ("cls_token", "distilled", "cls_position")}
+        tokens = backbone(self, **own)(images, train=train)[self.num_layers]
         norm, prefix = layer_norm(self.norm_epsilon, self.dtype, "norm"), int(self.cls_token) + int(self.distilled)
         if self.pool == "mean":
             pooled = norm(tokens[:, prefix:].mean(axis=1, dtype=jnp.float32))
