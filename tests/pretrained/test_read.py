@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import struct
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 from torch_writer import Tensor, write_legacy, write_zip
 
 from jax_densevit.errors import UserError
-from jax_densevit.pretrained import contents, read
+from jax_densevit.pretrained import contents, memory, read
 from jax_densevit.pretrained.crc32c import crc32c
 from jax_densevit.training.checkpoint import Checkpoints
 from jax_densevit.training.state import TrainState
@@ -427,3 +428,28 @@ def test_other_files(tmp_path):
         file.writestr("archive/data.pkl", b"\x80\x02}.")
     (tmp_path / "i.pth").write_bytes(buffer.getvalue())
     refuse(tmp_path / "i.pth", "compressed member")
+
+
+def test_larger_than_the_machine(tmp_path, monkeypatch):
+    """Twice the memory in one array (a file with a hole), and more arrays than any model: refused before it is read."""
+    path, size = tmp_path / "huge.safetensors", 2 * memory.machine_bytes() // 8 * 8
+    header = json.dumps({"a": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + size)
+    with pytest.raises(UserError, match=r"GiB of arrays and this machine has .* use one with more"):
+        read(path)
+    arrays = {str(i): np.zeros(5, np.float32) for i in range(3)}
+    save_file(arrays, tmp_path / "many.safetensors")
+    np.savez(tmp_path / "many.npz", **arrays)
+    for name, limit, cause in (("MAX_ARRAYS", 2, "holds 3 arrays"), ("machine_bytes", lambda: 50, "GiB of arrays")):
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, name, limit)
+            for kind in ("safetensors", "npz"):
+                with pytest.raises(UserError, match=cause):
+                    read(tmp_path / f"many.{kind}")
+    assert len(read(tmp_path / "many.npz")) == len(read(tmp_path / "many.safetensors")) == 3
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/_METADATA").write_bytes(b"{")
+    os.truncate(tmp_path / "params/_METADATA", 10**9)
+    with pytest.raises(UserError, match="_METADATA lists more arrays than any model has"):
+        read(tmp_path / "params")
