@@ -6,9 +6,7 @@ sections have exactly the fields below.
 """
 
 import ast
-import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -225,11 +223,6 @@ def config_from_json(values: Mapping) -> ConfigDict:
         with config.unlocked():
             config.eval[name] = evaluator
     return config
-
-
-def config_hash(config: ConfigDict) -> str:
-    """SHA-256 of the resolved config as canonical JSON, hex."""
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 def _tuples(value):

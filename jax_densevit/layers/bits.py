@@ -41,26 +41,6 @@ def gray_from_int32(rgb: jax.Array) -> jax.Array:
     return jnp.floor(_weighted(rgb, np.arange(256, dtype=np.float32))).astype(jnp.int32)
 
 
-def gray_from_uint8(rgb: jax.Array) -> jax.Array:
-    """The gray of a uint8 picture by the same TensorFlow function: white is 255 and neutral pixels keep their value."""
-    unit = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
-    return jnp.floor(_weighted(rgb, unit) * np.float32(255.5)).astype(jnp.int32)
-
-
-def gray_from_float32(rgb: jax.Array) -> jax.Array:
-    """The gray of a float picture `[..., 3]`, not rounded: float32, in the units of the picture."""
-    rgb = jnp.asarray(rgb, jnp.float32)
-    return sum(rgb[..., i] * weight for i, weight in enumerate(GRAY_WEIGHTS))
-
-
-def gray_as_trained(gray: jax.Array) -> jax.Array:
-    """8-bit values of a photograph that is gray already, as :func:`gray_from_int32` gives neutral colors: one darker.
-
-    Without it every value is off by one against training, and white meets an embedding that was never trained.
-    """
-    return jnp.maximum(jnp.asarray(gray, jnp.int32) - 1, 0)
-
-
 def _weighted(rgb: jax.Array, values: np.ndarray) -> jax.Array:
     """The weighted sum of looked-up `values`, in float32, red first.
 

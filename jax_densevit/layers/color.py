@@ -60,16 +60,6 @@ def linear_to_srgb(linear: jax.Array) -> jax.Array:
     return jnp.where(low, 12.92 * linear, 1.055 * jnp.where(low, 1.0, linear) ** (1 / 2.4) - 0.055)
 
 
-def linear_to_xyz(linear: jax.Array) -> jax.Array:
-    """Linear light `[..., 3]` to CIE XYZ, white having Y = 1."""
-    return _mix(linear, RGB_TO_XYZ)
-
-
-def xyz_to_linear(xyz: jax.Array) -> jax.Array:
-    """The inverse of :func:`linear_to_xyz`."""
-    return _mix(xyz, np.linalg.inv(RGB_TO_XYZ))
-
-
 def rgb_to_lab(rgb: jax.Array) -> jax.Array:
     """sRGB `[..., 3]` in [0, 1] to CIELAB (L*, a*, b*), D65, 2 degrees observer: float32."""
     return _linear_to_lab(srgb_to_linear(rgb.astype(jnp.float32)))

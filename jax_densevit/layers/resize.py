@@ -23,7 +23,7 @@ def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool = F
       `[..., height, width, C]` of the type of `x`.
 
     Raises:
-      TypeError: `x` is not floating point (label maps go through :func:`resize_nearest`).
+      TypeError: `x` is not floating point (label maps are never interpolated).
       ValueError: `size` is not positive.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -36,26 +36,6 @@ def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool = F
     for axis, length in axes:
         y = _resize_axis(y, axis, length, align_corners)
     return y.astype(x.dtype)
-
-
-def resize_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Resizes the two axes before the last by taking sample `floor(i * h / height)`, PyTorch's `mode="nearest"`.
-
-    Args:
-      x: `[..., h, w, C]` of any type.
-      size: (height, width) of the result.
-
-    Returns:
-      `[..., height, width, C]` of the type of `x`; every value occurs in `x`.
-    """
-    _check_size(size)
-    for axis, length in ((x.ndim - 3, size[0]), (x.ndim - 2, size[1])):
-        given = x.shape[axis]
-        if length % given == 0:
-            x = jnp.repeat(x, length // given, axis=axis)
-        else:
-            x = jnp.take(x, np.arange(length) * given // length, axis=axis)
-    return x
 
 
 def resize_area(x: np.ndarray | jax.Array, size: tuple[int, int]) -> np.ndarray | jax.Array:

@@ -139,16 +139,6 @@ def contingency(first: jax.Array, second: jax.Array, rows: int, columns: int) ->
     return counts.reshape(-1, rows, columns)
 
 
-def number_segments(ids: np.ndarray, known: Sequence[int]) -> np.ndarray:
-    """int32 like `ids`: s + 1 where `ids` is `known[s]`, 0 elsewhere. What `PanopticQuality.measure` takes."""
-    known = np.asarray(known, np.int64)
-    if not known.size:
-        return np.zeros(np.shape(ids), np.int32)
-    order = np.argsort(known, kind="stable")
-    at = np.minimum(np.searchsorted(known[order], ids), known.size - 1)
-    return np.where(known[order][at] == ids, order[at] + 1, 0).astype(np.int32)
-
-
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     defined = [row for row in rows if row["PQ"] is not None]
     means = {key: math.fsum(row[key] for row in defined) / len(defined) if defined else None for key in _SCORES}

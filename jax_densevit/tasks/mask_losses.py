@@ -10,8 +10,6 @@ Every loss is NaN when a cost of the matching was not finite, so that training s
 left.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +70,6 @@ def class_loss(
     assignment: Assignment,
     *,
     no_object: float = 0.1,
-    class_weights: Sequence[float] = (),
     coefficient: float = 1.0,
 ) -> LossTerm:
     """Softmax cross-entropy of every query: its target's class, or "no object"; a mean weighted as PyTorch's.
@@ -82,15 +79,12 @@ def class_loss(
       labels: int `[B, T]`.
       assignment: of the same queries and targets.
       no_object: the weight of "no object" (DETR 0.1; the study of digit scenes 0.5).
-      class_weights: one per class; empty = 1.
       coefficient: the factor of this term in the total.
 
     A label of a matched target that is no class makes the loss NaN.
     """
     k = logits.shape[-1] - 1
-    weights = np.append(np.asarray(class_weights if len(class_weights) else np.ones(k), np.float32), no_object)
-    if weights.shape != (k + 1,):
-        raise ValueError(f"{len(class_weights)} class weights for {k} classes")
+    weights = np.append(np.ones(k, np.float32), np.float32(no_object))
     target = target_of_query(assignment.query, logits.shape[1])
     label = jnp.take_along_axis(labels.astype(jnp.int32), jnp.maximum(target, 0), 1) if labels.shape[1] else target
     wrong = (target >= 0) & ((label < 0) | (label >= k))

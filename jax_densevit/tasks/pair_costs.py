@@ -35,18 +35,15 @@ def focal_cost(logits: jax.Array, targets: jax.Array, alpha: float = 0.25, gamma
     return _mean_of_either(*focal_parts(logits, alpha, gamma), targets)
 
 
-def class_cost(logits: jax.Array, labels: jax.Array, log: bool = False) -> jax.Array:
-    """Minus the probability of each object's class, or its negative logarithm.
+def class_cost(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Minus the probability of each object's class.
 
     Args:
       logits: `[B, Q, K + 1]`, the last for "no object".
       labels: int `[B, T]` in 0..K-1; padding may hold anything.
-      log: minus the log-probability, the loss itself (DETR and its successors take the probability).
     """
-    logits = logits.astype(jnp.float32)
-    score = jax.nn.log_softmax(logits, -1) if log else jax.nn.softmax(logits, -1)
     known = jnp.clip(labels.astype(jnp.int32), 0, logits.shape[-1] - 1)
-    return -_product(score, jax.nn.one_hot(known, logits.shape[-1]))
+    return -_product(jax.nn.softmax(logits.astype(jnp.float32), -1), jax.nn.one_hot(known, logits.shape[-1]))
 
 
 def box_l1_cost(boxes: jax.Array, targets: jax.Array) -> jax.Array:

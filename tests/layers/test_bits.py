@@ -45,7 +45,6 @@ def test_gray_of_integers_rounds_as_float32_without_fused_products():
         found = jax.jit(bits.gray_from_int32)(rgb)
         assert found.dtype == jnp.int32
         np.testing.assert_array_equal(found, expected)
-    np.testing.assert_allclose(bits.gray_from_float32(colors), parts.sum(-1), rtol=1e-6)
 
 
 def test_neutral_colors():
@@ -53,5 +52,3 @@ def test_neutral_colors():
     neutral = np.stack([np.arange(256)] * 3, -1)
     gray = bits.gray_from_int32(neutral)
     np.testing.assert_array_equal(gray, np.maximum(np.arange(256) - 1, 0))
-    np.testing.assert_array_equal(bits.gray_as_trained(np.arange(256, dtype=np.uint8)), gray)
-    np.testing.assert_array_equal(bits.gray_from_uint8(neutral), np.arange(256))
