@@ -7,7 +7,7 @@
 #   job.sh stop FOLDER SECONDS              SIGTERM, and SIGKILL after SECONDS; it is not to be started again
 #   job.sh kill FOLDER                      SIGKILL
 #
-# FOLDER holds: pid, supervisor, boot (of this machine, since process numbers come again), log, exit_code, halted.
+# FOLDER holds: pid, supervisor, boot (of this machine, since process numbers come again), began, log, exit_code, halted.
 set -euo pipefail
 verb=$1 folder=$2
 shift 2
@@ -55,7 +55,10 @@ supervise)
   "$@" &
   child=$!
   echo "$child" >"$folder/pid.part" && mv "$folder/pid.part" "$folder/pid"
-  copy() { [[ $copies == - ]] || { mkdir -p "$copies" && cp "$folder/log" "$copies/$name.log"; } || true; }
+  # A machine that replaces a preempted one has its name, and a new log that must not take the place of the old copy.
+  [[ -s $folder/began ]] || echo "$(date -u +%Y%m%dT%H%M%SZ)-$$" >"$folder/began"
+  copied=$name-$(cat "$folder/began").log
+  copy() { [[ $copies == - ]] || { mkdir -p "$copies" && cp "$folder/log" "$copies/$copied"; } || true; }
   while true; do
     pause 60
     copy
