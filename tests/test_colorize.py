@@ -219,6 +219,19 @@ def test_wrong_numbers_are_refused(workdirs, photos, tmp_path, more, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_photo_is_lost_and_no_output_is_colored_again(workdirs, photos, tmp_path):
+    (tmp_path / "one").mkdir()
+    photo = shutil.copy(photos / "sixteen.png", tmp_path / "one/a.png")
+    for given, output, more, cause in (
+        (tmp_path / "one", tmp_path / "one/colored", (), "lies in the input"),
+        (photo, tmp_path / "one", ("--num_samples=1", "--overwrite"), "would overwrite the image"),
+        (photo, tmp_path / "out", (f"--sheet={photo}", "--overwrite"), "would overwrite the image"),
+    ):
+        with pytest.raises(UserError, match=cause):
+            colorize.main(options(workdirs, given, output, *more, stages=("colorizer",)))
+    assert files(tmp_path) == ["one/a.png"]
+
+
 def test_nothing_is_half_written(workdirs, photos, tmp_path):
     """A sample that cannot be written leaves those before it whole, no part of itself, and no JSON."""
     (tmp_path / "cmyk_2.png").mkdir()

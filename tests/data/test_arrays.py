@@ -208,6 +208,21 @@ class TestCommand:
         np.testing.assert_array_equal(train.read(4)["labels"], scenes.read(4)["labels"])
         assert train.info.classes == scenes.info.classes
 
+    def test_what_was_prepared_is_not_prepared_again(self, tmp_path):
+        """An output that is there is refused; one that lies among the photos adds none to them."""
+        (tmp_path / "photos").mkdir()
+        for i in range(3):
+            Image.new("RGB", (8, 8), (250, 80 * i, 0)).save(tmp_path / f"photos/{i}.png")
+        data = f'{{"name": "photo_folder", "root": {str(tmp_path / "photos")!r}}}'
+        text = CONFIG.replace('{"name": "digit_scenes", "length": 6, "size": (32, 40), "scale": (8, 12)}', data)
+        (tmp_path / "config.py").write_text(text)
+        arguments = [f"--config={tmp_path / 'config.py'}", f"--output={tmp_path / 'photos/prepared'}"]
+        assert prepare.main(arguments) == 0
+        with pytest.raises(UserError, match="prepared exists already; name another"):
+            prepare.main(arguments)
+        assert prepare.main([*arguments[:1], f"--output={tmp_path / 'photos/again'}"]) == 0
+        assert len(create_source("arrays", folder=str(tmp_path / "photos/again"))) == 3
+
     def test_overrides(self, tmp_path, config):
         prepare.main([config, "--config.data.train.length=2", f"--output={tmp_path / 'train'}"])
         assert len(create_source("arrays", folder=str(tmp_path / "train"))) == 2

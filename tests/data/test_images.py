@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from jax_densevit.data.images import image_size, read_image, read_labels, stretch_contrast
 from jax_densevit.errors import UserError
@@ -133,6 +134,15 @@ class TestColors:
         Image.new(mode, (4, 4)).save(tmp_path / "a.tiff")
         with pytest.raises(UserError, match=f"a.tiff: pixels are {cause}.*convert"):
             read_image(tmp_path / "a.tiff")
+
+    def test_profiles_and_gamma_change_nothing(self, tmp_path, photo):
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+        gamma = PngInfo()
+        gamma.add(b"gAMA", struct.pack(">I", 100_000))
+        Image.fromarray(photo).save(tmp_path / "a.png", icc_profile=profile, pnginfo=gamma)
+        with Image.open(tmp_path / "a.png") as image:
+            assert image.info["icc_profile"] == profile and image.info["gamma"] == 1
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png"), photo)
 
 
 class TestOrientation:

@@ -271,6 +271,17 @@ def test_unreadable_files_do_not_stop_the_building_but_the_reading(tmp_path):
     assert source.read(1)["id"] == "01"
 
 
+def test_files_that_change_or_vanish_under_the_reader(tmp_path):
+    source = folder(tmp_path, [ids(0, 1, 2)] * 3)
+    assert source.read(0)["id"] == "00"
+    (tmp_path / "images/00.png").unlink()
+    (tmp_path / "labels/01.png").write_bytes((tmp_path / "labels/01.png").read_bytes()[:40])
+    mask(tmp_path / "labels/02.png", ids(0, 7))
+    for i, cause in enumerate((r"images/00\.png: .*no such file", r"labels/01\.png: .*(damaged|not an image)", r"02\.png .*7")):
+        with pytest.raises(UserError, match=cause):
+            source.read(i)
+
+
 def test_lists_pick_and_order(tmp_path):
     folder(tmp_path, [ids(0, 1, 2)] * 4)
     listed = tmp_path / "train.txt"

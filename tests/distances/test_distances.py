@@ -78,7 +78,9 @@ def test_devices_and_batches_change_nothing(network, folders, sides):
 def test_a_set_is_nearest_to_itself(network, folders, sides):
     pale, other = sides
     same = compare(pale, dataclasses.replace(pale), network, PLAIN)
-    assert same["fd_tiny"] < 1e-9 and same["delta_colorfulness"] == 0 and "mostly bias" not in same["caution"]
+    assert same["fd_tiny"] == 0 and same["delta_colorfulness"] == 0 and "mostly bias" not in same["caution"]
+    assert "11 pictures are on both sides" in same["caution"]
+    assert "both sides" not in compare(pale, other, network, PLAIN)["caution"]
     assert compare(pale, other, network, PLAIN)["fd_tiny"] > 1e-3
     assert not any("FID" in key or "KID" in key for key in same)
 
@@ -114,6 +116,15 @@ def test_unreadable_pictures_are_named_and_left_out(network, folders, sides, tmp
         path.write_bytes(b"")
     with pytest.raises(UserError, match="11 of 11 pictures .* cannot be read; the first"):
         measured(tmp_path, "pictures", network)
+
+
+def test_jpegs_are_pointed_out(network, folders, sides, tmp_path):
+    for i, path in enumerate(find_pictures(folders / "pale").paths):
+        with Image.open(path) as image:
+            image.save(tmp_path / f"{i}.{'JPG' if i < 4 else 'png'}")
+    found = measured(tmp_path, "pictures", network)
+    assert "4 of the pictures are JPEGs" in compare(found, sides[1], network, PLAIN)["caution"]
+    assert "JPEG" not in compare(*sides, network, PLAIN)["caution"]
 
 
 def test_protocols(folders):

@@ -165,7 +165,12 @@ exit 75
     assert launch(file, "logs") == 0
     assert "training output" in capsys.readouterr().out
     copies = list((home / "bucket/runs/my run/hosts").glob("*.log"))
-    assert copies and "training output" in copies[0].read_text()
+    assert len(copies) == 1 and "training output" in copies[0].read_text()
+    shutil.rmtree(job)  # the machine was preempted; another one has its name
+    assert launch(file, "run") == 0
+    wait_for(job, "exit_code")
+    again = list((home / "bucket/runs/my run/hosts").glob("*.log"))
+    assert len(again) == 2 and set(copies) < set(again)
 
 
 def test_flat_bucket_is_refused(cloud, tmp_path):

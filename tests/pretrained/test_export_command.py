@@ -103,6 +103,29 @@ def test_weights_under_other_names(workdir, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["setr.safetensors", "vit.npz", "vit.safetensors"]
 
 
+def test_nothing_is_replaced_unasked(workdir, tmp_path, monkeypatch, capsys):
+    """A file that is there, one of the files that go with it, a checkpoint's own folder, and a file for a folder."""
+    (tmp_path / "a").write_text("mine")
+    (tmp_path / "run_b.py").write_text("mine")
+    start = [f"--workdir={workdir}", "--format=setr"]
+    for output, more, cause in (
+        (tmp_path / "a", "--format=setr", "a is already there; choose another --output, or say --overwrite"),
+        (tmp_path / "b", "--format=stablehlo", r"run_b\.py is already there"),
+        (workdir / "checkpoints/0/manifest.json", "--overwrite", "lies in the input .*checkpoints"),
+        (tmp_path / "a/b", "--overwrite", "is a file; name a folder"),
+    ):
+        with pytest.raises(UserError, match=cause):
+            export.main([*start, f"--output={output}", more])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "mine", "run_b.py": "mine"}
+    assert export.main([*start, f"--output={tmp_path / 'a'}", "--overwrite"]) == 0
+    assert len(read(tmp_path / "a")) == len(read(workdir.parent / "setr.npz"))
+    # Back again: not into the weights themselves.
+    arguments = ["--source=setr", f"--weights={workdir}", f"--config={workdir.parent / 'config.py'}"]
+    with pytest.raises(UserError, match="lies in the weights"):
+        convert.main([*arguments, f"--workdir={workdir / 'again'}"])
+    assert not (workdir / "again").exists()
+
+
 def test_what_was_not_written_as_it_should_be_gets_no_name(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "read", lambda path: {name: array + 1 for name, array in read(path).items()})
     with pytest.raises(UserError, match="did not come back as it was written"):
@@ -162,6 +185,8 @@ def test_fixed_batches_sliding_windows_and_a_model_alone():
     arrays = program.noise(made, 2)
     got = program.run_stablehlo(program.stablehlo(made, 2, ("cpu",)), arrays)
     assert program.differences(made, got, program.live(made, arrays))[1]
+    with pytest.raises(ValueError, match=r"shape|dimension"):
+        program.run_stablehlo(program.stablehlo(made, 2, ("cpu",)), {"image": arrays["image"][:, :24]})
     task = create_task("segmentation", INFO, mode="slide", crop=32)
     sliding = make_ready(loaded.model, loaded.variables, task, INFO, None, 0)
     made = program.make_program(sliding, (32, 48))
