@@ -1,11 +1,11 @@
 """Trains every model on eight virtual devices in every layout and compares with one device, at sizes near real ones.
 
-    python tests/soak_layouts.py [--steps 2] [--only NAME ...]
+    python tests/soak_layouts.py [--tiny] [--steps 2] [--only NAME ...]
     python tests/soak_layouts.py --bytes        what a device holds of published models, and nothing is trained
 
 Parameters have the published widths or half of them, pictures are small. Exit code 0 when the losses and norms of every
-step and the parameters afterwards are those of one device within 1e-5, in float32. The tests do the same with the
-smallest models that eight devices divide (`tests/training/test_step_models.py`).
+step and the parameters afterwards are those of one device within 1e-5, in float32. `--tiny` takes the models of the
+tests, the smallest that eight devices divide (`tests/training/test_step_models.py` runs some of them on some layouts).
 """
 
 import argparse
@@ -88,21 +88,25 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", nargs="+")
     parser.add_argument("--bytes", action="store_true")
     given = parser.parse_args()
     if given.bytes:
         print_bytes()
         return 0
+    table, options = (layouts.TINY, {"minimum_bytes": 0}) if given.tiny else (MODELS, {})
+    if unknown := set(given.only or ()) - table.keys():
+        parser.error(f"there is no {' and no '.join(sorted(unknown))} among {', '.join(table)}")
     failed = []
     print(f"{'model':20} {'layout':16} {'losses':>8} {'state':>8}   bytes on the fullest device")
-    for name in given.only:
-        subject = layouts.subject(name, MODELS)
+    for name in given.only or table:
+        subject = layouts.subject(name, table)
         start = time.process_time()
         numbers, state, held = layouts.trained(*subject, layouts.alone(), given.steps)
         size = max(held.values())
         for layout, sizes in layouts.LAYOUTS.items():
-            found, after, held = layouts.trained(*subject, make_mesh(**sizes), given.steps)
+            found, after, held = layouts.trained(*subject, make_mesh(**sizes), given.steps, **options)
             losses, where = layouts.largest_difference(numbers, found)
             difference, place = layouts.largest_difference(state, after)
             share = max(held.values()) / size
