@@ -23,8 +23,9 @@ from jax_densevit.errors import UserError, check_name
 from jax_densevit.models import create_model
 from jax_densevit.pretrained import SOURCES, Report, check, convert, read
 from jax_densevit.tasks.task import Task
-from jax_densevit.training.checkpoint import Checkpoints, local_folder
+from jax_densevit.training.checkpoint import Checkpoints
 from jax_densevit.training.state import TrainState
+from jax_densevit.training.stored import local_folder
 
 STEP = 0  # of a checkpoint that no training of ours has made
 

@@ -29,7 +29,7 @@ from jax_densevit.errors import UserError
 from jax_densevit.studies.plan import Plan, make_plans, read_study
 from jax_densevit.studies.report import write_report
 from jax_densevit.studies.run import run_study
-from jax_densevit.training.checkpoint import local_folder
+from jax_densevit.training.stored import local_folder
 from jax_densevit.training.trainer import DONE
 
 

@@ -23,7 +23,7 @@ from jax_densevit.errors import UserError
 from jax_densevit.experiment import build
 from jax_densevit.hosts import add_flags, together
 from jax_densevit.planning import device_counts, dry_run, virtual_devices
-from jax_densevit.training.checkpoint import local_folder
+from jax_densevit.training.stored import local_folder
 from jax_densevit.training.trainer import train
 
 

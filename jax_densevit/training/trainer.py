@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jax_densevit.errors import UserError
 from jax_densevit.manifest import write_text
-from jax_densevit.training.checkpoint import Checkpoints, local_folder
+from jax_densevit.training.checkpoint import Checkpoints
 from jax_densevit.training.culprits import find_culprits
 from jax_densevit.training.evaluation import evaluate, save_evaluation
 from jax_densevit.training.hardware import peak_flops
@@ -28,9 +28,10 @@ from jax_densevit.training.meter import Meter
 from jax_densevit.training.parts import prepare
 from jax_densevit.training.preemption import STOPPED, StopRequest
 from jax_densevit.training.prefetch import Feed
-from jax_densevit.training.processes import check_agreement, differences
+from jax_densevit.training.processes import check_agreement, check_same_data, differences
 from jax_densevit.training.sharding import gather
 from jax_densevit.training.state import TrainState
+from jax_densevit.training.stored import local_folder
 
 DONE = 0
 
@@ -66,6 +67,7 @@ def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: 
         # Where to start: the newest intact checkpoint; whatever the log says about later steps is cut.
         meta = json.loads(json.dumps(experiment.meta()))
         check_agreement(meta)
+        check_same_data({"train": experiment.source, **{one.name: one.source for one in experiment.evaluators}})
         found = checkpoints.latest_intact()
         start = found or 0
         _check_start(start, experiment.steps, workdir)
