@@ -1,13 +1,15 @@
 """The same architectures in PyTorch, for `python -m jax_densevit.benchmark --peers`: needs the extra `peers`.
 
-A peer is counted as the same architecture only if its number of parameters is ours. ViT: timm and transformers. U-Net:
-segmentation-models-pytorch has no plain U-Net (its Unet decodes a classification network), so the form that ours has is
-written out below in PyTorch layers, and smp's Unet on a VGG-11 encoder is timed beside it as another architecture.
+A peer is counted as the same architecture only if its number of parameters is ours. ViT: timm and transformers. DPT:
+transformers. What no package has is written out in PyTorch layers in `peers/`: Uformer, the axial transformer, and the
+U-Net, for segmentation-models-pytorch's Unet decodes a classification network; on a VGG-11 encoder it is timed as
+another architecture.
 """
 
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -17,6 +19,9 @@ from jax_densevit.timing import Contender, Job, build_model
 
 PACKAGES = {"torch": "torch", "timm": "timm", "segmentation_models_pytorch": "segmentation-models-pytorch"}
 _DTYPES = ("float32", "bfloat16")
+WRITTEN_OUT = "PyTorch, written out"
+# Whose maps have channels last, PyTorch's own advice for convolutions on CPUs: U-Net is up to a third faster so.
+_CHANNELS_LAST = ("unet",)
 
 
 def check_installed(platform: str, dtype: str) -> None:
@@ -77,12 +82,13 @@ def versions() -> dict[str, str]:
 
 def contenders(job: Job, batch: int, train: bool, dtype: str) -> tuple[list[Contender], str]:
     """Every peer of a job, ready to be timed, and a sentence for the report ("" when there is nothing to say)."""
-    builders = {"vit": _vits, "unet": _unets}
-    if job.name not in builders:
-        return [], f"{job}: no PyTorch package has this architecture; it was timed alone."
+    builders = {"vit": _vits, "unet": _unets, "dpt": _dpts, "uformer": _uformers, "axial": _axials}
+    peers = builders[job.name](job) if job.name in builders else []
+    if not peers:
+        return [], f"{job}: there is no PyTorch form of it to time; it was timed alone."
     ours = count_parameters(build_model(job, {}), job.size)
     found, notes = [], []
-    for label, module in builders[job.name](job):
+    for label, module in peers:
         parameters = sum(p.numel() for p in module.parameters())
         same = parameters == ours
         if not same:
@@ -99,33 +105,35 @@ def _time_torch(label: str, module: Any, job: Job, batch: int, train: bool, dtyp
 
     device = torch.device("cuda" if torch.cuda.is_available() and _on_gpu() else "cpu")
     module = module.to(device)
-    if device.type == "cpu" and job.name == "unet":
-        # PyTorch's own advice for convolutions on CPUs: without it they are up to a third slower.
-        module = module.to(memory_format=torch.channels_last)
     images = torch.randn(batch, 3, *job.size, device=device)
-    if job.name == "unet":
+    if job.name in _CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
+        if device.type == "cpu":
+            module = module.to(memory_format=torch.channels_last)
     half = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def forward():
         module.eval()
         with torch.inference_mode(), half:
-            return _logits(module(images))
+            return _heads(module(images))[0]
 
     found = [Contender(label, "forward", forward, wait)]
     if train:
+
+        def cross_entropy(logits):
+            target = torch.zeros((len(logits), *logits.shape[2:]), dtype=torch.long, device=device)
+            return torch.nn.functional.cross_entropy(logits.float(), target)
+
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-        with torch.inference_mode():
-            shape = _logits(module(images[:1])).shape[2:]
-        target = torch.zeros((batch, *shape), dtype=torch.long, device=device)
 
         def step():
             module.train()
             optimizer.zero_grad(set_to_none=True)
             with half:
-                logits = _logits(module(images))
-            torch.nn.functional.cross_entropy(logits.float(), target).backward()
+                heads = _heads(module(images))
+            # As ours: every head counts, against class 0 everywhere.
+            sum(map(cross_entropy, heads)).backward()
             optimizer.step()
 
         found.append(Contender(label, "train step", step, wait))
@@ -138,8 +146,10 @@ def _on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _logits(output: Any) -> Any:
-    return getattr(output, "logits", output)
+def _heads(output: Any) -> Sequence[Any]:
+    """Logits of every head that a module answers with."""
+    output = getattr(output, "logits", output)
+    return output if isinstance(output, (list, tuple)) else [output]
 
 
 def _vits(job: Job) -> list[tuple[str, Any]]:
@@ -180,8 +190,10 @@ def _vits(job: Job) -> list[tuple[str, Any]]:
 def _unets(job: Job) -> list[tuple[str, Any]]:
     import segmentation_models_pytorch as smp
 
+    from jax_densevit.peers.unet import UNet
+
     model = build_model(job, {})
-    found = [("PyTorch, written out", plain_unet(model.base, model.num_classes, model.bilinear))]
+    found = [(WRITTEN_OUT, UNet(model))]
     if job.size[0] % 32 == 0 and job.size[1] % 32 == 0:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -190,55 +202,36 @@ def _unets(job: Job) -> list[tuple[str, Any]]:
     return found
 
 
+def _dpts(job: Job) -> list[tuple[str, Any]]:
+    model = build_model(job, {})
+    if model.blocks or job.size[0] != job.size[1] or not _installed("transformers"):
+        return []
+    from jax_densevit.peers.dpt import Dpt
+
+    return [(f"transformers {metadata.version('transformers')}", Dpt(model))]
+
+
+def _uformers(job: Job) -> list[tuple[str, Any]]:
+    model = build_model(job, {})
+    if model.clone(padding="original").padded(job.size) != job.size:
+        return []
+    from jax_densevit.peers.uformer import Uformer
+
+    return [(WRITTEN_OUT, Uformer(model))]
+
+
+def _axials(job: Job) -> list[tuple[str, Any]]:
+    model = build_model(job, {})
+    if model.positions:
+        return []
+    from jax_densevit.peers.axial import Axial
+
+    return [(WRITTEN_OUT, Axial(model))]
+
+
 def _installed(package: str) -> bool:
     try:
         metadata.version(package)
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def plain_unet(base: int, num_classes: int, bilinear: bool) -> Any:
-    """The U-Net of `models/unet.py` in PyTorch layers, for multiples of 16 pixels: a baseline to time."""
-    import torch
-    from torch import nn
-
-    def double(channels, middle, features):
-        layers = []
-        for given, made in ((channels, middle), (middle, features)):
-            layers += [nn.Conv2d(given, made, 3, padding=1, bias=False), nn.BatchNorm2d(made), nn.ReLU(inplace=True)]
-        return nn.Sequential(*layers)
-
-    class PlainUNet(nn.Module):
-        def __init__(self):
-            super().__init__()
-            widths = [base * 2**i for i in range(5)]
-            if bilinear:
-                widths[-1] //= 2
-            self.encoder = nn.ModuleList(double(a, b, b) for a, b in zip([3, *widths], widths, strict=False))
-            self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
-            channels = widths[-1]
-            for i in (3, 2, 1, 0):
-                if bilinear:
-                    self.up.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True))
-                    middle, features = widths[i], widths[i] // 2 if i else base
-                    self.decoder.append(double(widths[i] + channels, middle, features))
-                else:
-                    features = widths[i]
-                    self.up.append(nn.ConvTranspose2d(channels, channels // 2, 2, stride=2))
-                    self.decoder.append(double(widths[i] + channels // 2, features, features))
-                channels = features
-            self.head = nn.Conv2d(base, num_classes, 1)
-
-        def forward(self, x):
-            skips = []
-            for i, stage in enumerate(self.encoder):
-                if i:
-                    skips.append(x)
-                    x = nn.functional.max_pool2d(x, 2)
-                x = stage(x)
-            for up, stage in zip(self.up, self.decoder, strict=True):
-                x = stage(torch.cat([skips.pop(), up(x)], dim=1))
-            return self.head(x)
-
-    return PlainUNet()

@@ -18,6 +18,7 @@ FLOORS = {
     "metrics": 1,
     "models": 2,
     "pretrained": 2,
+    "peers": 3,
     "tasks": 3,
     "timing": 3,
     "training": 4,
