@@ -9,7 +9,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jax_densevit.data.source import Source
 from jax_densevit.errors import UserError
+
+_LOOKED_AT = 8  # examples of every source that are read to compare their names
 
 
 def from_process_0(value: int) -> int:
@@ -53,6 +56,25 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         f"{'; '.join(line.removeprefix('.') for line in lines[:5])}{more}. Start all of them with the same config, "
         "data and versions."
     )
+
+
+def check_same_data(sources: Mapping[str, Source]) -> None:
+    """Raises :class:`UserError` on every process if one sees other examples than the others, by their number and some
+    of their names: a copy of the data that lacks a file gives another order, and all batches mix without a word.
+    """
+    if jax.process_count() > 1:
+        check_agreement({f"data.{name}.examples": len(source) for name, source in sources.items()})
+        check_agreement({f"data.{name}": _names(source) for name, source in sources.items()})
+
+
+def _names(source: Source) -> dict[str, str]:
+    names = {}
+    for index in np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).round().astype(int)).tolist():
+        try:
+            names[str(index)] = str(source.read(index)["id"])
+        except UserError:
+            names[str(index)] = "unreadable"
+    return names
 
 
 def differences(before: Any, now: Any, path: str = "config") -> list[str]:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -80,6 +82,34 @@ def test_a_full_disk_and_a_read_only_one(tmp_path):
     assert printed.endswith("left with 1\n")
 
 
+KILLED_BEFORE_THE_NAME = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import tiny_experiment
+from jax_densevit.training import checkpoint
+write_manifest = checkpoint.write_manifest
+def write_and_die(folder):
+    write_manifest(folder)
+    if folder.name.startswith("10."):
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.write_manifest = write_and_die
+tiny_experiment.main(sys.argv[1:])
+"""
+
+
+def test_killed_between_the_last_byte_and_the_name(tmp_path):
+    """Everything of step 10 is on disk, its manifest too, and the process is killed before the folder has its name."""
+    options = [str(soak_kill.PROGRAM.parent), str(tmp_path / "run"), *(f"{n}={v}" for n, v in RUN.items())]
+    command = [sys.executable, "-c", KILLED_BEFORE_THE_NAME, *options]
+    done = subprocess.run(command, env={**os.environ, **soak_kill.ENVIRONMENT}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    folder = tmp_path / "run/checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"5", "10.unverified"}
+    with Checkpoints(tmp_path / "run") as checkpoints:  # what resuming begins with
+        assert checkpoints.latest_intact() == 5
+    assert [path.name for path in folder.iterdir()] == ["5"]
+
+
 def test_a_process_that_fails_takes_the_other_along(tmp_path):
     """One meets a file that it cannot read; the other, which waits for it in a collective, ends too."""
     processes = two(tmp_path / "run", {}, {"bad": 4})
@@ -88,6 +118,15 @@ def test_a_process_that_fails_takes_the_other_along(tmp_path):
     assert "error: bar 4 cannot be read." in second
     assert "error: Another process ended or cannot be reached" in first
     assert "Traceback" not in first + second
+
+
+def test_a_process_with_other_data_stops_all(tmp_path):
+    """Its copy lacks a file, so its examples come in another order."""
+    processes = two(tmp_path / "run", {}, {"length": 23})
+    assert ended(processes) == [1, 1]
+    for _, output in processes:
+        assert re.search(r"error: The processes do not agree.*data.train.examples: 24 -> 23", output.read_text())
+    assert not Checkpoints(tmp_path / "run", read_only=True).steps()
 
 
 def test_a_process_that_is_late_is_no_fault(tmp_path):

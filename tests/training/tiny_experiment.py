@@ -132,6 +132,7 @@ def tiny_experiment(
     evaluate=True,
     bad=None,
     late=0.0,
+    length=24,
     **changes,
 ):
     """Builds one. `changes` are fields of the config by path, e.g. `{"optimizer.learning_rate": 1.0}`."""
@@ -142,7 +143,7 @@ def tiny_experiment(
     config.log.every = log_every
     with config.unlocked():
         config.update_from_flattened_dict(changes)
-    source, task = Bars(slow=slow, bad=bad, late=late), SegmentationTask(INFO)
+    source, task = Bars(length, slow, bad, late), SegmentationTask(INFO)
     evaluators = (TinyEvaluator("val", Bars(7), task, every=eval_every), TinyEvaluator("test", Bars(5), task, sheet=0))
     return TinyExperiment(
         config=config,
