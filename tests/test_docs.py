@@ -51,3 +51,11 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_tests_that_are_named_exist():
+    named = re.findall(r"[\w/]+\.py(?:::\w+)+", (ROOT / "docs/reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 100
+    for file, *names in (name.split("::") for name in named):
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert all(re.search(rf"^ *(def|class) {name}\b", text, re.MULTILINE) for name in names), f"{file} {names}"
