@@ -61,8 +61,12 @@ def files(folder):
 def leave(monkeypatch, command, *arguments):
     """Runs a command as from the shell, in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        run_command(command.main)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a command whose imports are over
+    try:
+        with pytest.raises(SystemExit) as left:
+            run_command(command.main)
+    finally:
+        signal.signal(signal.SIGINT, before)
     return left.value.code
 
 
