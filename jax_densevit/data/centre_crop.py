@@ -1,32 +1,17 @@
 """The middle of every example of a source: evaluation at the size of the training crops, the same pixels every time."""
 
-from collections.abc import Sequence
-
-from jax_densevit.data.source import Example, Source
-from jax_densevit.errors import UserError
+from jax_densevit.data.source import Example
+from jax_densevit.data.view import View
 
 
-class CentreCrop:
-    """A source seen through a window of (height, width) `size` in the middle of every image.
+class CentreCrop(View):
+    """A source seen through a window of (height, width) `window` in the middle of every image.
 
     Where an image is smaller, its side stays as it is: nothing is padded or stretched. What is left over is cut equally
-    on both sides, an odd pixel at the bottom or on the right. Other attributes are those of the source.
-
-    Raises:
-      UserError: a size that is not two positive numbers.
+    on both sides, an odd pixel at the bottom or on the right.
     """
 
-    def __init__(self, source: Source, size: Sequence[int]):
-        self.source, self.window = source, tuple(size)
-        if len(self.window) != 2 or min(self.window) < 1:
-            raise UserError(f"centre_crop={self.window} must be (height, width), both positive.")
-        self.info = source.info
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getattr__(self, name: str):
-        return getattr(self.__dict__["source"], name)
+    option = "centre_crop"
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of example `index` in the window."""

@@ -6,13 +6,12 @@ never averaged: they take the nearest pixel.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
 from jax_densevit.data.crops import nearest, uniforms
-from jax_densevit.data.source import MAPS, Example, Source
-from jax_densevit.errors import UserError
+from jax_densevit.data.source import MAPS, Example
+from jax_densevit.data.view import View
 from jax_densevit.layers.resize import largest_window, resize_area
 
 
@@ -42,37 +41,24 @@ class LargestRandomCrop:
         return out
 
 
-class LargestCentreCrop:
-    """A source seen through the largest window of the proportions of `size` in the middle of every example, averaged
-    to (height, width) `size`: evaluation at the size of the training crops. Other attributes are those of the source.
-
-    Raises:
-      UserError: a size that is not two positive numbers.
+class LargestCentreCrop(View):
+    """A source seen through the largest window of the proportions of `window` in the middle of every example, averaged
+    to (height, width) `window`: evaluation at the size of the training crops.
     """
 
-    def __init__(self, source: Source, size: Sequence[int]):
-        self.source, self.crop = source, tuple(size)
-        if len(self.crop) != 2 or min(self.crop) < 1:
-            raise UserError(f"largest_crop={self.crop} must be (height, width), both positive.")
-        self.info = source.info
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getattr__(self, name: str):
-        return getattr(self.__dict__["source"], name)
+    option = "largest_crop"
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of every example."""
-        return self.crop
+        return self.window
 
     def read(self, index: int) -> Example:
         """Example `index`; errors are the source's."""
         example = self.source.read(index)
         size = example["image"].shape[:2]
-        window = largest_window(size, self.crop)
+        window = largest_window(size, self.window)
         start = tuple((side - part) // 2 for side, part in zip(size, window, strict=True))
-        return {**example, **shrunk(example, start, window, self.crop)}
+        return {**example, **shrunk(example, start, window, self.window)}
 
 
 def shrunk(

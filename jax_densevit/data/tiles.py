@@ -4,25 +4,21 @@ import bisect
 from collections.abc import Sequence
 
 from jax_densevit.data.source import Example, Source
-from jax_densevit.errors import UserError
+from jax_densevit.data.view import View
 
 
-class Tiles:
-    """A source whose examples are the windows of (height, width) `size` of another one's, row by row.
+class Tiles(View):
+    """A source whose examples are the windows of (height, width) `window` of another one's, row by row.
 
     As many whole windows as fit are laid into the middle of each image; what is left over at its borders is not seen.
     An image that is smaller than the window is one example, its longer side cut. Names are those of the images with row
-    and column of the window, from 0. Other attributes are those of the source.
-
-    Raises:
-      UserError: a size that is not two positive numbers.
+    and column of the window, from 0.
     """
 
-    def __init__(self, source: Source, size: Sequence[int]):
-        self.source, self.window = source, tuple(size)
-        if len(self.window) != 2 or min(self.window) < 1:
-            raise UserError(f"tiles={self.window} must be (height, width), both positive.")
-        self.info = source.info
+    option = "tiles"
+
+    def __init__(self, source: Source, window: Sequence[int]):
+        super().__init__(source, window)
         self._first = [0]  # of every image its first window, and behind the last the end
         for index in range(len(source)):
             rows, columns = self._grid(source.size(index))
@@ -30,9 +26,6 @@ class Tiles:
 
     def __len__(self) -> int:
         return self._first[-1]
-
-    def __getattr__(self, name: str):
-        return getattr(self.__dict__["source"], name)
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of example `index`."""

@@ -1,5 +1,6 @@
 """LeWin blocks, the stages of Uformer (Wang et al. 2022, https://arxiv.org/abs/2106.03106, section 3.2)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -94,20 +95,12 @@ class Stage(nn.Module):
     Attributes:
       drop_path: rates of the blocks, as many as there are blocks.
       remat: a name of `REMAT_POLICIES`.
-      Others: of `LeWinBlock`.
+      options: the other fields of `LeWinBlock`.
     """
 
     drop_path: tuple[float, ...]
-    num_heads: int
-    window: int
-    shift: int
-    projection: str
-    padding: str
-    mlp_ratio: int
-    feed_forward: str
-    modulator: bool
     remat: str
-    dtype: Any
+    options: Mapping[str, Any]
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array | None, train: bool) -> jax.Array:
@@ -116,19 +109,8 @@ class Stage(nn.Module):
         if self.remat != "none":
             kind = nn.remat(kind, static_argnums=(3,), policy=REMAT_POLICIES[self.remat])
         for i, rate in enumerate(self.drop_path):
-            x = kind(
-                self.num_heads,
-                self.window,
-                self.shift if i % 2 else 0,
-                self.projection,
-                self.padding,
-                self.mlp_ratio,
-                self.feed_forward,
-                self.modulator,
-                rate,
-                self.dtype,
-                name=f"block_{i}",
-            )(x, valid, train)
+            options = {**self.options, "drop_path": rate, **({} if i % 2 else {"shift": 0})}
+            x = kind(**options, name=f"block_{i}")(x, valid, train)
         return x
 
 

@@ -209,26 +209,17 @@ class Uformer(nn.Module):
         x = self._conv3x3(self.base, init, self.dtype, "input")(x)
         x = nn.leaky_relu(x, 0.01)
         maps, features = [], {}
+        names = ("projection", "padding", "mlp_ratio", "feed_forward", "dtype")
+        same = {name: getattr(self, name) for name in names}
         for i, (name, level) in enumerate(zip(STAGES, LEVELS, strict=True)):
             if i > 4:
                 init = torch_uniform(4 * (self.base << level))
                 up = Upsample(self.base << level, 2, self.dtype, init, init, name=f"upsample_{i - 5}")(x)
                 skip = maps[level]
                 x = jnp.concatenate([up[:, : skip.shape[1], : skip.shape[2]], skip], axis=-1)
-            stage = Stage(
-                tuple(rates[start : start + self.depths[i]]),
-                self.heads[i],
-                windows[i],
-                shifts[i],
-                self.projection,
-                self.padding,
-                self.mlp_ratio,
-                self.feed_forward,
-                self.modulator and i > 4,
-                self.remat,
-                self.dtype,
-                name=name,
-            )
+            own = {"num_heads": self.heads[i], "window": windows[i], "shift": shifts[i]}
+            own["modulator"] = self.modulator and i > 4
+            stage = Stage(tuple(rates[start : start + self.depths[i]]), self.remat, same | own, name=name)
             x = stage(x, valids[level], train)
             start += self.depths[i]
             if i < 4:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from jax_densevit.data.run_lengths import run_lengths
 from jax_densevit.tasks.objects import ObjectClasses
-from jax_densevit.tasks.pictures import enlarge_tiny, fit, page
-from jax_densevit.tasks.run_lengths import run_lengths
+from jax_densevit.tasks.pictures import drawn, enlarge_tiny, fit, new_figure, page
 
 _MOST_NAMED = 40  # in a picture of more objects names would hide them
 
@@ -144,18 +144,13 @@ def files(
 
 def precision_curve(precision: dict[str, Any]) -> Image.Image:
     """Average precision over the IoU that a match needs: low on the right: rough masks, on the left: missed objects."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 4)
     axes = figure.add_subplot()
     at = [np.nan if value is None else value for value in precision["AP_at"]]
     axes.plot(precision["thresholds"], at, "k", linewidth=2, marker="o")
     axes.set(xlabel="IoU that a match needs", ylabel="average precision", ylim=(0, 1), title="Masks")
     axes.grid(alpha=0.3)
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy())
+    return drawn(figure)
 
 
 def _hue(number: int) -> tuple[int, ...]:

@@ -193,9 +193,6 @@ def confusion_picture(matrix: Sequence[Sequence[int]], classes: Sequence[str], t
 
     The last column (predictions that are no class) is drawn only where it holds something.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
-    from matplotlib.figure import Figure
-
     matrix = np.asarray(matrix, np.float64)
     columns = list(classes)
     if matrix[:, -1].any():
@@ -205,10 +202,9 @@ def confusion_picture(matrix: Sequence[Sequence[int]], classes: Sequence[str], t
     share = np.divide(100 * matrix, total, out=np.full(matrix.shape, np.nan), where=total > 0)
     k = len(classes)
     side = float(np.clip(2.5 + 0.45 * k, 4.5, 22))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(side + 1, side)
     axes = figure.add_subplot()
-    drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     axes.set_facecolor("0.93")  # shows through where a class has no labelled pixels
     size = 9 if k <= 40 else 5
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=size)
@@ -230,7 +226,22 @@ def confusion_picture(matrix: Sequence[Sequence[int]], classes: Sequence[str], t
                         fontsize=8,
                         color=color,
                     )
-    figure.colorbar(drawn, shrink=0.75, label="%")
+    figure.colorbar(image, shrink=0.75, label="%")
+    return drawn(figure)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of matplotlib's, in inches, without a window."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and seldom needed
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def drawn(figure: Any) -> Image.Image:
+    """What a figure shows."""
     figure.canvas.draw()
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy())
 

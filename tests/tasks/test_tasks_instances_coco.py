@@ -12,11 +12,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from jax_densevit.data.run_lengths import run_lengths
 from jax_densevit.data.source import CROWD
 from jax_densevit.data.sources.registry import create_source
 from jax_densevit.models.output import QueryOutput
 from jax_densevit.tasks import create_task
-from jax_densevit.tasks.run_lengths import run_lengths
 
 SIZE, QUERIES = (120, 150), 16
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}, {"id": 90, "name": "kite"}]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco
 
-from jax_densevit.tasks.run_lengths import run_lengths
+from jax_densevit.data.run_lengths import run_lengths
 
 
 @settings(max_examples=50, deadline=None)
