@@ -25,7 +25,7 @@ from jax_densevit.training.mesh import AXES, replicated
 from jax_densevit.training.paths import first_match, named_leaves, path_name
 
 LARGE = 4 * 2**20  # bytes from which a tensor that nobody could divide is reported
-COPIES = 0.05  # what a device may hold whole, of its share of all parameters
+COPIES = 0.08  # what a device may hold whole, of its share of all parameters
 STACKED_LAYERS = re.compile(r"(^|/)blocks_\d+_\d+/")  # what `layers.transformer.Encoder` scans over
 
 # (regular expression over "a/b/c", one entry per dimension: an axis name, a tuple of names, or None)

@@ -141,9 +141,9 @@ def test_rules_of_the_config_go_before_those_of_the_layers():
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_what_is_left_whole_is_a_twentieth_of_a_share_at_most(parts):
-    """Whatever the sizes: a thousandth of everything is small for two devices and large for eight."""
-    sizes = {"large": (1024, 64), "middle": (64, 8), "small": (8,), "never": (7,)}
+def test_what_is_left_whole_is_little_beside_a_share(parts):
+    """Whatever the sizes: a sixtieth of everything is little for two devices and much for eight."""
+    sizes = {"large": (1024, 64), "middle": (64, 16), "small": (8,), "never": (7,)}
     params = shapes({name: {"kernel": size} for name, size in sizes.items()})
     found = parameter_shardings(params, make_mesh(data=1, fsdp=parts, devices=jax.devices()[:parts]))
     held = sum(
@@ -151,7 +151,7 @@ def test_what_is_left_whole_is_a_twentieth_of_a_share_at_most(parts):
         for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(found), strict=True)
     )
     total = sum(4 * math.prod(size) for size in sizes.values())
-    assert total / parts < held < 1.05 * total / parts
+    assert total / parts < held < 1.08 * total / parts
     divided = {name.partition("/")[0] for name, one in named_leaves(found).items() if not one.is_fully_replicated}
     assert divided == ({"large"} if parts < 8 else {"large", "middle"})
 

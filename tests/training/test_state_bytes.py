@@ -20,7 +20,7 @@ def test_bytes_fall_as_one_over_the_devices(name, variant, options):
     total = sum(map(size_in_bytes, jax.tree.leaves(state)))
     for count in (1, 2, 4, 8):
         mesh = make_mesh(data=1, fsdp=count, devices=jax.devices()[:count])
-        assert 1 <= held(state, shardings_of(state, mesh)) * count / total < 1.06, count
+        assert 1 <= held(state, shardings_of(state, mesh)) * count / total < 1.09, count
 
 
 @pytest.mark.parametrize(("name", "variant"), [("instance_seq2seg", "token"), ("coltran_color_upsampler", "ColTran")])
@@ -30,7 +30,7 @@ def test_what_is_counted_is_what_arrays_take(name, variant):
     arrays = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state), shardings)
     taken = bytes_by_device(arrays)
     assert len(taken) == 8 and set(taken.values()) == {held(state, shardings)}
-    assert sum(taken.values()) < 1.06 * sum(map(size_in_bytes, jax.tree.leaves(state)))
+    assert sum(taken.values()) < 1.09 * sum(map(size_in_bytes, jax.tree.leaves(state)))
 
 
 @pytest.mark.parametrize("name", [name for name in registered_models() if name not in UNTRAINED])
@@ -44,4 +44,4 @@ def test_every_model_divides_most_of_itself_over_tensor(name):
     mesh = make_mesh(data=1, fsdp=4, tensor=2)
     total = sum(map(size_in_bytes, jax.tree.leaves(state)))
     share = divided / sum(sizes.values())
-    assert held(state, shardings_of(state, mesh)) < 1.06 * total * (share / 8 + (1 - share) / 4)
+    assert held(state, shardings_of(state, mesh)) < 1.09 * total * (share / 8 + (1 - share) / 4)
