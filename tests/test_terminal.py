@@ -34,6 +34,14 @@ def get_config(arg=""):
 """
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_counts():
+    """Where the tests were started in the background, a shell has told them to ignore it, and their children too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A checkpoint of a tiny U-Net for digit scenes, with an evaluator."""
@@ -61,12 +69,9 @@ def files(folder):
 def leave(monkeypatch, command, *arguments):
     """Runs a command as from the shell, in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a command whose imports are over
-    try:
-        with pytest.raises(SystemExit) as left:
-            run_command(command.main)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a command whose imports are over
+    with pytest.raises(SystemExit) as left:
+        run_command(command.main)
     return left.value.code
 
 
