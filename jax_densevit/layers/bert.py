@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.embedding import native_grid, resize_positions
+from jax_densevit.layers.fields import shared_fields
 from jax_densevit.layers.transformer import NORM_STYLES, Encoder, layer_norm
 
 POSITIONS = 512  # rows of BERT's position table
@@ -97,21 +98,8 @@ def embed_tokens(
 
 def bert_encoder(module: BertOptions, taps: Sequence[int] = ()) -> Encoder:
     """The blocks of `module`, named "encoder"."""
-    return Encoder(
-        module.num_layers,
-        module.num_heads,
-        module.mlp_size,
-        taps=tuple(taps),
-        norm_epsilon=EPSILON,
-        dropout=module.dropout,
-        attention=module.attention,
-        remat=module.remat,
-        dtype=module.dtype,
-        norm_style=module.norm_style,
-        attention_dropout=module.attention_dropout,
-        mlp_dropout=0.0,
-        name="encoder",
-    )
+    options = {**shared_fields(module, Encoder), "taps": tuple(taps), "norm_epsilon": EPSILON, "mlp_dropout": 0.0}
+    return Encoder(**options, name="encoder")
 
 
 def _positions(module: nn.Module, height: int, width: int, before: int) -> jax.Array:

@@ -16,6 +16,7 @@ import numpy as np
 from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.activation import gelu_exact
 from jax_densevit.layers.attention import SelfAttention, attention_macs
+from jax_densevit.layers.fields import shared_fields
 from jax_densevit.layers.normalization import LayerNorm
 from jax_densevit.layers.placement import layer_maker
 from jax_densevit.layers.product import flat_product
@@ -123,7 +124,7 @@ def layer_norm(epsilon: float, dtype: Any, name: str | None) -> LayerNorm:
 
 
 class EncoderOptions(nn.Module, kw_only=True):
-    """The fields of :class:`Encoder` that models around it have, too, and pass on by :meth:`encoder_options`.
+    """The fields of :class:`Encoder` that models around it have, too, and pass on.
 
     Attributes:
       gelu, norm_epsilon, dropout, attention, dtype: see :class:`EncoderBlock`.
@@ -140,11 +141,6 @@ class EncoderOptions(nn.Module, kw_only=True):
     scan: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
-
-    @nn.nowrap
-    def encoder_options(self) -> dict[str, Any]:
-        """These fields by name."""
-        return {name: getattr(self, name) for name in EncoderOptions.__annotations__ if name not in ("parent", "name")}
 
 
 class Encoder(EncoderOptions):
@@ -172,17 +168,8 @@ class Encoder(EncoderOptions):
     def __call__(self, x: jax.Array, *, train: bool = False) -> dict[int, jax.Array]:
         """`[B, T, D]` -> {block number from 1: its output `[B, T, D]`} for every tap and the last block."""
         block = EncoderBlock(
-            num_heads=self.num_heads,
-            mlp_size=self.mlp_size,
-            gelu=self.gelu,
-            norm_epsilon=self.norm_epsilon,
-            dropout=self.dropout,
+            **shared_fields(self, EncoderBlock),
             stochastic=self.drop_path > 0,
-            attention=self.attention,
-            dtype=self.dtype,
-            norm_style=self.norm_style,
-            attention_dropout=self.attention_dropout,
-            mlp_dropout=self.mlp_dropout,
             parent=None,  # applied as a function: its parameters are held here, one entry per block or per segment
         )
         random = train and any((self.dropout, self.drop_path, self.attention_dropout, self.mlp_dropout))

@@ -17,6 +17,7 @@ from jax_densevit.errors import UserError
 from jax_densevit.layers.axial_attention import COLUMN, ROW, axial_attention
 from jax_densevit.layers.convolution import convolve
 from jax_densevit.layers.embedding import native_grid, resize_positions, torch_uniform
+from jax_densevit.layers.fields import shared_fields
 from jax_densevit.layers.placement import layer_maker
 from jax_densevit.layers.product import flat_product
 from jax_densevit.layers.reversible import residual, reversible
@@ -191,17 +192,7 @@ class Axial(nn.Module):
             height, width = native_grid(self.image_size, 1)
             x = x + self._position("position_height", height, x.shape[1])[:, :, None]
             x = x + self._position("position_width", width, x.shape[2])[:, None]
-        x = AxialLayers(
-            self.num_layers,
-            self.num_heads,
-            self.mlp_size,
-            self.reversible,
-            self.attention,
-            self.scan,
-            self.remat,
-            self.dtype,
-            name="layers",
-        )(x)
+        x = AxialLayers(**shared_fields(self, AxialLayers), name="layers")(x)
         logits = _conv(self.num_classes, self.head_kernel, self.hidden_size, jnp.float32, "head")(x)
         return DenseOutput(logits=logits, features={"body": x}, covers=tuple(images.shape[1:3]))
 

@@ -30,6 +30,7 @@ from jax_densevit.layers.embedding import (
     resize_positions,
     unpatchify,
 )
+from jax_densevit.layers.fields import shared_fields
 from jax_densevit.layers.transformer import EncoderOptions, layer_norm
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.models.registry import register_model
@@ -92,19 +93,7 @@ class SpiralDecoder(nn.Module):
         self.label_positions = self.param("label_positions", init, table)
         self.positions = self.param("positions", init, table)
         self.patches = PatchEmbedding(self.hidden_size, self.patch_size, self.dtype)
-        self.block = [
-            DecoderBlock(
-                self.hidden_size,
-                self.num_heads,
-                self.mlp_size,
-                self.gelu,
-                self.norm_epsilon,
-                self.dropout,
-                self.attention,
-                self.dtype,
-            )
-            for _ in range(self.num_layers)
-        ]
+        self.block = [DecoderBlock(**shared_fields(self, DecoderBlock)) for _ in range(self.num_layers)]
         self.norm = layer_norm(self.norm_epsilon, self.dtype, None)
         self.head = nn.Dense(pixels * self.num_classes, kernel_init=init)
         self.drop = nn.Dropout(self.dropout)
@@ -240,22 +229,8 @@ class Spiral(EncoderOptions):
         order = spiral_order(*grid)
         tokens = backbone(self, cls_token=False)(images, train=train)[self.num_layers]
         tokens = layer_norm(self.norm_epsilon, self.dtype, "norm")(tokens)
-        decoder = SpiralDecoder(
-            k,
-            self.hidden_size,
-            self.decoder_layers,
-            self.num_heads,
-            self.mlp_size,
-            p,
-            native_grid(self.image_size, p),
-            self.pos_rule,
-            self.gelu,
-            self.norm_epsilon,
-            self.dropout,
-            self.attention,
-            self.dtype,
-            name="decoder",
-        )
+        own = {"num_layers": self.decoder_layers, "grid": native_grid(self.image_size, p)}
+        decoder = SpiralDecoder(**shared_fields(self, SpiralDecoder) | own, name="decoder")
         prepared, memory = decoder.prepare(images, order), decoder.remember(tokens)
         more = (0, height - size[0]), (0, width - size[1])
 

@@ -21,9 +21,10 @@ import numpy as np
 from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.convolution import Upsample, convolve
 from jax_densevit.layers.embedding import torch_uniform
+from jax_densevit.layers.fields import shared_fields
 from jax_densevit.layers.transformer import REMAT_POLICIES
 from jax_densevit.layers.window import PADDINGS
-from jax_densevit.models.lewin import FEED_FORWARDS, Stage, clear
+from jax_densevit.models.lewin import FEED_FORWARDS, LeWinBlock, Stage, clear
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.models.registry import register_model
 
@@ -209,8 +210,7 @@ class Uformer(nn.Module):
         x = self._conv3x3(self.base, init, self.dtype, "input")(x)
         x = nn.leaky_relu(x, 0.01)
         maps, features = [], {}
-        names = ("projection", "padding", "mlp_ratio", "feed_forward", "dtype")
-        same = {name: getattr(self, name) for name in names}
+        same = shared_fields(self, LeWinBlock)
         for i, (name, level) in enumerate(zip(STAGES, LEVELS, strict=True)):
             if i > 4:
                 init = torch_uniform(4 * (self.base << level))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.embedding import PatchEmbedding, Tokens, native_grid, pad_to_multiple
+from jax_densevit.layers.fields import shared_fields
 from jax_densevit.layers.transformer import Encoder, EncoderOptions, encoder_macs, layer_norm
 from jax_densevit.models.output import ClassOutput
 from jax_densevit.models.registry import register_model
@@ -60,31 +61,14 @@ class Backbone(EncoderOptions):
         """
         images = pad_to_multiple(images, self.patch_size)
         x = PatchEmbedding(self.hidden_size, self.patch_size, self.dtype, name="embedding")(images)
-        x = Tokens(
-            native_grid(self.image_size, self.patch_size),
-            self.cls_token,
-            self.distilled,
-            self.cls_position,
-            self.pos_rule,
-            self.dtype,
-            name="tokens",
-        )(x)
+        x = Tokens(native_grid(self.image_size, self.patch_size), **shared_fields(self, Tokens), name="tokens")(x)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        return Encoder(
-            self.num_layers,
-            self.num_heads,
-            self.mlp_size,
-            self.taps,
-            **self.encoder_options(),
-            name="encoder",
-        )(x, train=train)
+        return Encoder(**shared_fields(self, Encoder), name="encoder")(x, train=train)
 
 
 def backbone(model: EncoderOptions, **changes: Any) -> Backbone:
     """The backbone of a model that has its sizes and options under the same names, but for `changes`."""
-    names = ("hidden_size", "num_layers", "num_heads", "mlp_size", "patch_size", "image_size", "pos_rule")
-    same = {name: getattr(model, name) for name in names} | model.encoder_options()
-    return Backbone(**{**same, **changes}, name="backbone")
+    return Backbone(**shared_fields(model, Backbone) | changes, name="backbone")
 
 
 def backbone_macs(model: Any, size: tuple[int, int], prefix: int) -> int:
@@ -149,8 +133,7 @@ class ViT(EncoderOptions):
             raise UserError("distilled=True needs cls_token=True: the distillation token follows the class token.")
         if self.pool == "token" and not self.cls_token:
             raise UserError("pool='token' needs cls_token=True; use pool='gap' without a class token.")
-        own = {name: getattr(self, name) for name in ("cls_token", "distilled", "cls_position")}
-        tokens = backbone(self, **own)(images, train=train)[self.num_layers]
+        tokens = backbone(self)(images, train=train)[self.num_layers]
         norm, prefix = layer_norm(self.norm_epsilon, self.dtype, "norm"), int(self.cls_token) + int(self.distilled)
         if self.pool == "mean":
             pooled = norm(tokens[:, prefix:].mean(axis=1, dtype=jnp.float32))

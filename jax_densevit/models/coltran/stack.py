@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jax_densevit.errors import UserError, check_name
 from jax_densevit.layers.axial_attention import COLUMN, ROW, attend_position, axial_attention
+from jax_densevit.layers.fields import shared_fields
 from jax_densevit.layers.transformer import REMAT_POLICIES, layer_norm
 from jax_densevit.models.coltran.conditional import (
     EPSILON,
@@ -189,22 +190,8 @@ class AxialStack(nn.Module):
         kind = AxialLayer
         if self.remat != "none":
             kind = nn.remat(AxialLayer, policy=REMAT_POLICIES[self.remat], static_argnums=(4, 5))
-        self.layers = [
-            kind(
-                self.branches,
-                self.width,
-                self.mlp_size,
-                self.num_heads,
-                self.size,
-                self.context,
-                self.conditioning,
-                self.dropout,
-                self.attention,
-                self.dtype,
-                name=f"layer_{i}",
-            )
-            for i in range(self.num_layers)
-        ]
+        options = shared_fields(self, AxialLayer)
+        self.layers = [kind(**options, name=f"layer_{i}") for i in range(self.num_layers)]
 
     def positions(self, row: jax.Array | None = None) -> jax.Array:
         """The positions of all pixels `[H, W, D]`, or of those in one row (an index, may be traced) `[W, D]`."""

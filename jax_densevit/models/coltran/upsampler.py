@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jax_densevit.layers.fields import shared_fields
 from jax_densevit.models.coltran.colorizer import SMALL, TINY, square_or_pair
 from jax_densevit.models.coltran.conditional import INITIALIZERS
 from jax_densevit.models.coltran.stack import ENCODER, AxialStack, stack_macs
@@ -82,19 +83,8 @@ class Upsampler(nn.Module):
         index = values + (channels << self.bits)[..., None, None]
         x = jnp.take(channel_table.astype(self.dtype), index, axis=0)
         x = x + jnp.take(gray_table.astype(self.dtype), gray, axis=0)[:, None]
-        stack = AxialStack(
-            self.num_layers,
-            ENCODER,
-            width,
-            self.mlp_size,
-            self.num_heads,
-            square_or_pair(self.image_size),
-            dropout=self.dropout,
-            attention=self.attention,
-            remat=self.remat,
-            dtype=self.dtype,
-            name="stack",
-        )
+        sizes = {"branches": ENCODER, "width": width, "size": square_or_pair(self.image_size)}
+        stack = AxialStack(**shared_fields(self, AxialStack) | sizes, name="stack")
         x = stack(x.reshape(-1, *x.shape[2:]), train=train).reshape(x.shape)
         return ChannelOutput(nn.Dense(VALUES, kernel_init=init, name="head")(x.astype(jnp.float32)))
 
