@@ -4,6 +4,7 @@ For devices that are not here the step is compiled for as many virtual ones, whi
 them. That takes a process of its own, because their number is fixed when JAX starts.
 """
 
+import contextlib
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from jax_densevit.errors import UserError
 from jax_densevit.experiment import build, stream_of
+from jax_densevit.layers.kernel_gradient import as_on_accelerators
 from jax_densevit.training.overview import Overview, overview, print_overview, step_and_efficiency
 from jax_densevit.training.parts import prepare
 
@@ -85,8 +87,9 @@ def plan(config: ConfigDict, devices: int | None = None) -> Overview:
     batch = {
         name: jax.ShapeDtypeStruct((config.batch_size, *value.shape[1:]), value.dtype) for name, value in rows.items()
     }
-    parts = prepare(experiment, batch)
-    return overview(parts.step, parts.abstract, parts.shardings, batch, macs=experiment.macs())
+    with contextlib.nullcontext() if devices is None else as_on_accelerators():
+        parts = prepare(experiment, batch)
+        return overview(parts.step, parts.abstract, parts.shardings, batch, macs=experiment.macs())
 
 
 def print_scaling(found: Sequence[Overview], console: Console | None = None) -> None:

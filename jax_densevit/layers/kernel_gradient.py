@@ -4,8 +4,10 @@ XLA makes that gradient a convolution by a kernel as large as the map. On a CPU 
 as the matrix products that it consists of, and up to ten times as long as the forward pass.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,22 @@ _NARROW = 16
 _SMALL = 64 * 64
 
 
+_FOR_OTHERS = contextvars.ContextVar("for_others", default=False)
+
+
+@contextlib.contextmanager
+def as_on_accelerators() -> Iterator[None]:
+    """Within it convolutions are traced as TPUs and GPUs compute them, though a CPU compiles the program: for plans."""
+    token = _FOR_OTHERS.set(True)
+    try:
+        yield
+    finally:
+        _FOR_OTHERS.reset(token)
+
+
 def wants_products(channels: int, features: int) -> bool:
     """Whether products are the faster gradient, by what 3x3 kernels took on maps of 14 to 256 pixels."""
-    return min(channels, features) < _NARROW or channels * features > _SMALL
+    return not _FOR_OTHERS.get() and (min(channels, features) < _NARROW or channels * features > _SMALL)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

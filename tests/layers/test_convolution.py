@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jax_densevit.layers.convolution import ConvNorm, Upsample, convolve
+from jax_densevit.layers.kernel_gradient import as_on_accelerators
 
 
 @pytest.mark.parametrize("factor", [2, 3])
@@ -91,3 +92,17 @@ def test_convolve_is_the_convolution(kernel_size, options):
     gradients = [pull(jnp.cos(y)) for y, pull in results]
     np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
+
+
+def test_plans_for_accelerators_have_their_gradients():
+    """The products of a CPU are not what a TPU would hold and send."""
+
+    def program():
+        layer, x = ConvNorm(8), jnp.zeros((2, 8, 8, 8))
+        variables = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, train=False))
+        gradient = jax.grad(lambda variables: layer.apply(variables, x, train=False).sum())
+        return str(jax.make_jaxpr(gradient)(variables))
+
+    with as_on_accelerators():
+        planned = program()
+    assert "platform_index" in program() and "platform_index" not in planned and "conv_general_dilated" in planned
