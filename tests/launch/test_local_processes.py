@@ -64,8 +64,10 @@ def test_one_is_killed_and_all_start_again(local, tmp_path):
     assert not set(before) & set(after)
     logs = [(workdir(tmp_path) / f"hosts/{number}/log").read_text() for number in range(3)]
     assert all("exit code 137" in log and "exit code 0" in log for log in logs)
-    again = [int(line.split()[1]) for log in logs for line in log.splitlines() if line.startswith("from")]
-    assert again.count(0) == 3 and len(again) == 6 and all(step >= 50 for step in again if step)
+    starts = [[int(line.split()[1]) for line in log.splitlines() if line.startswith("from")] for log in logs]
+    # On a busy machine one may start after another has counted to ten; nobody starts again below what was kept.
+    assert all(len(of_one) == 2 and of_one[0] < of_one[1] >= 50 for of_one in starts), starts
+    assert any(of_one[0] == 0 for of_one in starts)
     assert f"--process_id={2}" in logs[2] and "--coordinator=127.0.0.1:" in logs[2]
 
 
