@@ -2,7 +2,7 @@
 
 Command:   python -m jax_densevit.train --config=configs/instances/digits_hard.py:small --workdir=runs/digits_hard
            with MNIST's digits instead of scikit-learn's: --config.data.train.mnist=FOLDER_OF_IDX_FILES
-Words:     embedding (default), token, box, published, small, quick: as in `digits_easy.py`
+Words:     embedding (default), token, box, unet, published, small, quick: as in `digits_easy.py`
 Hardware:  a GPU; small: two CPU cores, 2 GB of memory
 Expected:  the report: 62 % of the digits classified right, Dice loss 0.2, after 11,256 steps of 64 scenes
 Run here:  only `quick`.

@@ -3,12 +3,13 @@
 from jax_densevit.configuration import ConfigDict, choose, default_config, default_evaluator, words
 
 HEADS = ("embedding", "token", "box")
+MODELS = (*HEADS, "unet")
 
 
 def scenes(arg, **scene):
     """Scattered digits, as the report on Seq2Seg has them: the config of one form, from its words."""
-    given = words(arg, *HEADS, "small", "published", "quick")
-    head = choose(given, *HEADS)
+    given = words(arg, *MODELS, "small", "published", "quick")
+    head = choose(given, *MODELS)
     small, published = "small" in given, "published" in given
     config = default_config()
     data = {
@@ -23,6 +24,8 @@ def scenes(arg, **scene):
     }
     config.data.train = ConfigDict({**data, "split": "train"})
     evaluators(config, data, "mnist")
+    if head == "unet":
+        return _unet(config, data, given)
     config.model = ConfigDict({"name": "instance_seq2seg", "variant": "token" if published else head, "gray": True})
     config.task = ConfigDict({"name": "instances", "slots": 4})
     config.batch_size = 64
@@ -48,6 +51,24 @@ def scenes(arg, **scene):
         config.model.update(hidden_size=32, num_layers=2, num_heads=2, mlp_size=48)
         shrink(config, {**data, "size": (32, 32), "digits": (1, 2), "scale": (12, 12)})
         config.model.image_size = (32, 32)
+    return config
+
+
+def _unet(config, data, given):
+    """The same scenes by a Hungarian U-Net, whose output channels are the queries."""
+    quick = "quick" in given
+    side = 32 if quick else 64
+    config.model = ConfigDict({"name": "hungarian_unet", "base": 16, "num_queries": 20, "auxiliary": True})
+    config.model.image_size = (side, side)
+    config.task = ConfigDict({"name": "instances", "slots": 4, "bce_weight": 1.0, "no_object": 0.2})
+    config.batch_size = 32
+    config.steps = 1500 if "small" in given else 11_256
+    adamw(config, 2e-3, 100)
+    config.eval.val.every = config.steps // 10
+    config.checkpoint.every = config.steps // 10
+    if quick:
+        config.model.update(base=4, num_queries=5)
+        shrink(config, {**data, "size": (side, side), "digits": (1, 2), "scale": (12, 12)})
     return config
 
 
