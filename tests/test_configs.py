@@ -35,7 +35,7 @@ CONFIGS = {
     "coltran/color_upsampler": (1, ("", "small,photos", "cifar10"), ("quick",)),
     "coltran/spatial_upsampler": (1, ("", "small,samples"), ("quick",)),
     "instances/digits_easy": (10, ("", "token", "box", "published", "small"), ("quick", "box,quick")),
-    "instances/digits_hard": (10, ("", "box"), ("token,quick",)),
+    "instances/digits_hard": (10, ("", "box", "unet"), ("token,quick", "unet,quick")),
     "instances/nuclei": (2, ("",), ("quick",)),
     "instances/cityscapes_unet": (8, ("", "bert"), ("quick",)),
     "instances/coco": (81, ("", "panoptic"), ("quick",)),
