@@ -49,7 +49,7 @@ def outlined(
         font = ImageFont.load_default(int(np.clip(size[0] / 40, 11, 30)))
         for number, name in names.items():
             rows, columns = np.nonzero(ids == number)
-            if rows.size:
+            if rows.size and name:
                 left, top, right, bottom = draw.textbbox((0, 0), name, font)
                 x = int(np.clip(columns.min(), 0, max(0, size[0] - right - 4)))
                 y = int(np.clip(rows.min() - bottom - 2, 0, max(0, size[1] - bottom - 4)))

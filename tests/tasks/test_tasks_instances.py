@@ -13,6 +13,7 @@ from jax_densevit.data.source import DataInfo
 from jax_densevit.errors import UserError
 from jax_densevit.models.output import QueryOutput
 from jax_densevit.tasks import create_task
+from jax_densevit.tasks.instance_pictures import outlined
 
 CLASSES = ("background", "cat", "dog", "sky")
 INFO = DataInfo("toy", CLASSES, ((0, 0, 0), (200, 0, 0), (0, 200, 0), (0, 0, 200)), things=("cat", "dog"))
@@ -219,3 +220,12 @@ def test_a_model_of_other_classes_is_refused():
     batch = scene()
     with pytest.raises(UserError, match="3 classes of objects apart, the data has 2"):
         task.decode(lambda images: answer(batch, 3), batch)
+
+
+def test_an_object_without_a_name_gets_no_label():
+    """One class and no score: the outline says all, and no empty label covers a corner of the object."""
+    image, ids = np.full((24, 24, 3), 90, np.uint8), np.zeros((24, 24), np.int32)
+    ids[8:16, 8:16] = 1
+    bare, unnamed, named = (np.asarray(outlined(image, ids, names, (96, 96))) for names in ({}, {1: ""}, {1: "8"}))
+    np.testing.assert_array_equal(bare, unnamed)
+    assert (named != bare).any()
