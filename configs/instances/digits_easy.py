@@ -8,7 +8,7 @@ Words:     embedding (default: the mask is a query's product with every pixel), 
            steps of 64; unet: base 16, 1,500 steps of 32), quick (steps of a second, learns nothing)
 Hardware:  a GPU; small: two CPU cores, 2 GB of memory
 Expected:  the report: 97 % of the digits classified right, Dice loss 0.03, after 11,256 steps of 64 scenes
-Run here:  `small` and `unet,small` with MNIST's digits: 82 and 97 % right, see docs/studies/mask_heads.md
+Run here:  `small` and `unet,small` with MNIST's digits: 82 and 97 % right, see docs/studies/objects.md
 """
 
 from jax_densevit.configuration import sibling
