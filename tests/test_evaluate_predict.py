@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from untrained import save_untrained
+from untrained import digit_unet, save_untrained
 
 from jax_densevit import evaluate, predict
 from jax_densevit.configuration import default_config, default_evaluator
@@ -21,18 +21,8 @@ from jax_densevit.experiment import build, load
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A checkpoint of a tiny U-Net for digit scenes: parameters `3`, and their moving average at step 7."""
-    config, digits = default_config(), {"digits": (1, 2), "scale": (10, 16)}
-    config.model.update({"name": "unet", "base": 2})
-    config.data.train.update({"name": "digit_scenes", "split": "train", "length": 8, "size": (32, 32), **digits})
-    config.update({"steps": 7, "batch_size": 8, "ema": 0.9})
-    config.data.crop = (32, 32)
-    evaluator = default_evaluator()
-    evaluator.data.update({"name": "digit_scenes", "split": "val", "length": 5, "size": (32, 40), **digits})
-    evaluator.update({"batch_size": 2, "sheet": 2})
-    config.eval.val = evaluator
-    folder = tmp_path_factory.mktemp("run")
-    save_untrained(config, folder)
-    return folder
+    config = digit_unet((32, 40), 5, batch_size=2, sheet=2)
+    return save_untrained(config, tmp_path_factory.mktemp("run"))
 
 
 def files(folder):

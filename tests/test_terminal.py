@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import soak_kill
 from PIL import Image
-from untrained import save_untrained
+from untrained import digit_unet, save_untrained
 
 from jax_densevit import evaluate, predict, prepare, train
-from jax_densevit.configuration import default_config, default_evaluator
 from jax_densevit.console import run_command
 from jax_densevit.data.sources.digit_scenes import DigitScenes
 from jax_densevit.tasks.segmentation import SegmentationTask
@@ -45,14 +44,7 @@ def ctrl_c_counts():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A checkpoint of a tiny U-Net for digit scenes, with an evaluator."""
-    config, digits = default_config(), {"digits": (1, 2), "scale": (10, 16)}
-    config.model.update({"name": "unet", "base": 2})
-    config.data.train.update({"name": "digit_scenes", "split": "train", "length": 8, "size": (32, 32), **digits})
-    config.update({"steps": 7, "batch_size": 8, "ema": 0.9})
-    config.data.crop = (32, 32)
-    config.eval.val = default_evaluator()
-    config.eval.val.data.update({"name": "digit_scenes", "split": "val", "length": 3, "size": (32, 32), **digits})
-    config.eval.val.update({"batch_size": 8, "sheet": 0})
+    config = digit_unet((32, 32), 3, batch_size=8, sheet=0)
     return save_untrained(config, tmp_path_factory.mktemp("run"))
 
 

@@ -3,9 +3,23 @@
 import jax
 import numpy as np
 
+from jax_densevit.configuration import default_config, default_evaluator
 from jax_densevit.experiment import build
 from jax_densevit.training.checkpoint import Checkpoints
 from jax_densevit.training.state import TrainState, initial_variables
+
+
+def digit_unet(size, length, **evaluator):
+    """A tiny U-Net for digit scenes, with an evaluator "val" of `length` scenes of this size: its config."""
+    config, digits = default_config(), {"name": "digit_scenes", "digits": (1, 2), "scale": (10, 16)}
+    config.model.update({"name": "unet", "base": 2})
+    config.data.train.update({"split": "train", "length": 8, "size": (32, 32), **digits})
+    config.update({"steps": 7, "batch_size": 8, "ema": 0.9})
+    config.data.crop = (32, 32)
+    config.eval.val = default_evaluator()
+    config.eval.val.data.update({"split": "val", "length": length, "size": size, **digits})
+    config.eval.val.update(evaluator)
+    return config
 
 
 def save_untrained(config, folder):

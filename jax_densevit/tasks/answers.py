@@ -1,5 +1,6 @@
 """What most tasks do alike: files per picture, no charts, no trivial answers to compare with."""
 
+import abc
 import math
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from jax_densevit.errors import UserError
 from jax_densevit.writing import write_json, write_picture
 
 
-class Answers:
+class Answers(abc.ABC):
     """To inherit from; a task says what is in its files.
 
     Attributes:
@@ -20,6 +21,7 @@ class Answers:
 
     suffixes: ClassVar[tuple[str, ...]] = (".png", ".json")
 
+    @abc.abstractmethod
     def files(
         self, image: np.ndarray, prediction: dict[str, np.ndarray], facts: dict[str, Any]
     ) -> tuple[Image.Image | dict[str, Any], ...]:
@@ -30,7 +32,6 @@ class Answers:
           prediction: of this one image, as the task's `decode` returns it.
           facts: what else the JSON shall say.
         """
-        raise NotImplementedError
 
     def file_names(self, stem: str) -> tuple[str, ...]:
         """The names of the files that :meth:`write` makes."""

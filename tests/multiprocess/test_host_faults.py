@@ -10,21 +10,13 @@ import sys
 
 import pytest
 import soak_kill
-from test_processes import STARTED, ended, free_port, metrics, start
+from started import start
+from test_processes import ended, free_port, metrics
 
 from jax_densevit.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.multiprocess
 RUN = {"steps": 10, "save_every": 5, "eval_every": 0, "log_every": 5, "evaluate": "false"}
-
-
-@pytest.fixture(autouse=True)
-def nothing_keeps_running():
-    yield
-    for process in STARTED:
-        process.kill()
-        process.wait()
-    STARTED.clear()
 
 
 def program(workdir, options):

@@ -10,32 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soak_kill
 from soak_kill import differences, finish, killed
+from started import start
 
 from jax_densevit.training.checkpoint import Checkpoints
 from jax_densevit.training.paths import named_leaves
 
 pytestmark = pytest.mark.multiprocess
-
-
-STARTED: list[subprocess.Popen] = []
-
-
-@pytest.fixture(autouse=True)
-def nothing_keeps_running():
-    yield
-    for process in STARTED:
-        process.kill()
-        process.wait()
-    STARTED.clear()
-
-
-def start(*arguments) -> tuple[subprocess.Popen, Path]:
-    """`soak_kill.start`, ended with the test."""
-    process, output = soak_kill.start(*arguments)
-    STARTED.append(process)
-    return process, output
 
 
 def free_port() -> int:
