@@ -74,6 +74,8 @@ def default_config() -> ConfigDict:
                 "multipliers": (),
             },
             "ema": 0.0,  # decay of the moving average of parameters and batch-norm statistics; 0 = none
+            # A step whose loss or gradient is not finite: "stop", or "skip" (it changes nothing; ten in a row stop).
+            "on_not_finite": "stop",
             # One of the three may be -1: whatever devices remain.
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             # Regular expressions over parameter paths and the mesh axis per dimension, tried before automatic FSDP.
@@ -206,6 +208,8 @@ def check_config(config: ConfigDict, where: str = "config") -> None:
         )
     if config.data.on_bad not in ("fail", "skip"):
         raise UserError(f"{where}.data.on_bad={config.data.on_bad!r} must be 'fail' or 'skip'.")
+    if config.on_not_finite not in ("stop", "skip"):
+        raise UserError(f"{where}.on_not_finite={config.on_not_finite!r} must be 'stop' or 'skip'.")
     best = config.checkpoint.best.removeprefix("-")
     if best and best.partition("/")[0] not in config.eval:
         raise UserError(f"{where}.checkpoint.best={best!r} names no evaluator{did_you_mean(best, config.eval)}")

@@ -5,15 +5,17 @@ size that repeats its suspects: nothing is compiled, nothing needs more memory, 
 training. It works for every task and model, and over several processes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_densevit.data.source import Source
 from jax_densevit.training.mesh import batch_sharding, replicated
 
+LISTED = 32  # examples named in one sentence
 MOST = 4  # groups that are searched further; where more fail, it is not the doing of single examples
 
 
@@ -36,9 +38,9 @@ def find_culprits(step: Callable[..., Any], state: Any, batch: dict[str, jax.Arr
         state, numbers = step(state, pick(batch, np.resize(rows, size)))
         return not numbers["finite"].item()
 
+    index = indices(batch, mesh)
+    size = len(index)
     with jax.transfer_guard("allow"):
-        index = np.asarray(jax.jit(lambda x: x, out_shardings=replicated(mesh))(batch["index"]))
-        size = len(index)
         groups = [np.arange(size)]
         while len(groups) <= MOST and any(len(rows) > 1 for rows in groups):
             halves = [half for rows in groups for half in np.array_split(rows, 2) if half.size]
@@ -47,3 +49,20 @@ def find_culprits(step: Callable[..., Any], state: Any, batch: dict[str, jax.Arr
                 break
             groups = failing
         return sorted(set(index[np.concatenate(groups)].tolist()))
+
+
+def indices(batch: dict[str, jax.Array], mesh: Mesh) -> np.ndarray:
+    """The index of every example of a global batch in its source, int32 `[B]`; every process asks."""
+    with jax.transfer_guard("allow"):
+        return np.asarray(jax.jit(lambda x: x, out_shardings=replicated(mesh))(batch["index"]))
+
+
+def names(source: Source, index: Iterable[int]) -> str:
+    """What the examples are called, "a, b, c"; "example 7" for one that cannot be read now."""
+    index, found = list(index), []
+    for number in index[:LISTED]:
+        try:
+            found.append(str(source.read(number)["id"]))
+        except Exception:  # naming them must not hide what happened to them
+            found.append(f"example {number}")
+    return ", ".join(found) + (f" and {len(index) - LISTED} more" if len(index) > LISTED else "")

@@ -233,7 +233,9 @@ class RunLog:
 
 def human_line(step: int, steps: int, numbers: Mapping[str, float], timing: Mapping[str, float | None]) -> str:
     """`step 50/1000  loss 0.8123  lr 1.00e-03  312 images/s  MFU 34.1%  goodput 97%  input wait 2%  ETA 0:03:12`."""
-    parts = [f"step {step}/{steps}", f"loss {numbers['loss']:.4f}"]
+    parts = [f"step {step}/{steps}"]
+    if "loss" in numbers:
+        parts.append(f"loss {numbers['loss']:.4f}")
     if "lr" in numbers:
         parts.append(f"lr {numbers['lr']:.2e}")
     if timing.get("images_per_second") is not None:
@@ -249,6 +251,8 @@ def human_line(step: int, steps: int, numbers: Mapping[str, float], timing: Mapp
         parts.append(f"ETA {datetime.timedelta(seconds=round(timing['seconds_left']))}")
     if timing.get("skipped"):
         parts.append(f"{timing['skipped']:.0f} unreadable files skipped")
+    if numbers.get("not_finite"):
+        parts.append(f"{numbers['not_finite']:.0f} steps not finite")
     return "  ".join(parts)
 
 

@@ -35,13 +35,14 @@ class Meter:
         self._steps, self._batch_size, self._flops, self._peak = steps, batch_size, flops, peak
         state = state or {"count": 0, "sums": {}}
         self._count, self._sums = int(state["count"]), dict(state["sums"])
+        self._lost, self._in_a_row = int(state.get("lost", 0)), int(state.get("in_a_row", 0))
         self._rate: float | None = None
         self._began, self._worked = time.perf_counter() if began is None else began, 0.0
         self.restart_clock(step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps (JSON): the sums of an interval that is not over."""
-        return {"count": self._count, "sums": dict(self._sums)}
+        return {"count": self._count, "sums": dict(self._sums), "lost": self._lost, "in_a_row": self._in_a_row}
 
     def restart_clock(self, step: int) -> None:
         """Times from here: after compiling, evaluating, saving."""
@@ -60,14 +61,27 @@ class Meter:
         for name, value in numbers.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
+        self._in_a_row = 0
         self._latest = numbers
 
+    def lose(self, numbers: Mapping[str, float]) -> int:
+        """Counts a step that was not finite, whose numbers are in no mean; returns how many there were in a row."""
+        self._lost += 1
+        self._in_a_row += 1
+        self._latest = numbers
+        return self._in_a_row
+
     def numbers(self) -> dict[str, float]:
-        """The means of the interval (the learning rate as it is now), and starts the next interval."""
+        """The means of the interval (the learning rate as it is now), and starts the next interval.
+
+        Steps that were not finite are counted, as "not_finite", where there were any.
+        """
         means = {name: total / self._count for name, total in self._sums.items()}
         if "lr" in means:
             means["lr"] = self._latest["lr"]
-        self._count, self._sums = 0, {}
+        if self._lost:
+            means["not_finite"] = self._lost
+        self._count, self._sums, self._lost = 0, {}, 0
         return means
 
     def timing(self, step: int) -> dict[str, float | None]:

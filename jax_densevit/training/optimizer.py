@@ -168,7 +168,7 @@ def _rmsprop_legacy(config: Mapping[str, Any]) -> optax.GradientTransformation:
 
 
 class RatesState(NamedTuple):
-    """The number of updates made, int32."""
+    """The number of steps, int32; those that were not finite count."""
 
     count: jax.Array
 

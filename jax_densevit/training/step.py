@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_densevit.tasks.task import Batch, LossTerm, Task
 from jax_densevit.training.mesh import BATCH_AXES, batch_sharding, check_batch_size, replicated
+from jax_densevit.training.optimizer import RatesState
 from jax_densevit.training.sharding import gathered
 from jax_densevit.training.state import TrainState
 
@@ -50,7 +51,8 @@ def make_train_step(
     number of devices and microbatches; a term whose weight is 0 counts 0 and has no gradient. Statistics of
     normalisation pass through the microbatches one after the other, each computed over all devices.
 
-    A step whose loss or gradient is not finite returns the state as it was, its counter included.
+    A step whose loss or gradient is not finite changes nothing but the counters of steps: `state.step`, and the one
+    that the learning rate follows.
 
     Args:
       model, task: the contracts; the model's output is whatever the task's loss takes.
@@ -146,9 +148,13 @@ def make_train_step(
         }
         numbers = {name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()}
         finite = jnp.isfinite(numbers["loss"]) & jnp.isfinite(numbers["grad_norm"])
-        new = TrainState(state.step + 1, params, statistics, average, new_optimizer)
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return new, {**numbers, "finite": finite}
+        new = TrainState(state.step, params, statistics, average, new_optimizer)
+
+        def kept(after, before):
+            return after if isinstance(after, RatesState) else jnp.where(finite, after, before)
+
+        new = jax.tree.map(kept, new, state, is_leaf=lambda node: isinstance(node, RatesState))
+        return new.replace(step=state.step + 1), {**numbers, "finite": finite}
 
     return jax.jit(
         step,

@@ -5,7 +5,9 @@ It knows an experiment by its attributes (see `jax_densevit.experiment.Experimen
 
 import contextlib
 import datetime
+import gc
 import json
+import logging
 import time
 from collections import deque
 from pathlib import Path
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 from jax_densevit.errors import UserError
 from jax_densevit.manifest import write_text
 from jax_densevit.training.checkpoint import Checkpoints
-from jax_densevit.training.culprits import find_culprits
+from jax_densevit.training.culprits import find_culprits, indices, names
 from jax_densevit.training.evaluation import evaluate, save_evaluation
 from jax_densevit.training.hardware import peak_flops
 from jax_densevit.training.initial import take_over
@@ -33,7 +35,10 @@ from jax_densevit.training.sharding import gather
 from jax_densevit.training.state import TrainState
 from jax_densevit.training.stored import local_folder
 
+_LOG = logging.getLogger(__name__)
+
 DONE = 0
+MOST_IN_A_ROW = 10  # steps that are not finite; then it is no accident any more, whatever `on_not_finite` says
 
 
 class Diverged(UserError):
@@ -114,6 +119,7 @@ def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: 
             began=began,
         )
         run = _Run(experiment, workdir, checkpoints, log, meter, feed, parts, stop, meta)
+        stack.callback(gc.unfreeze)
         with jax.transfer_guard("disallow"):
             code = run.loop(state, start, waiting, first)
         checkpoints.wait()
@@ -176,6 +182,7 @@ class _Run:
             if step == first_step:  # compiling is over
                 self.read()
                 self.log.say(f"step {step}: first step done after {time.perf_counter() - clock:.1f} s (compiling)")
+                _freeze_garbage_collection()
                 self.meter.restart_clock(step)
             stopping = self.stop.reached(step)
             due = [] if stopping else _due(experiment, step, set())
@@ -197,9 +204,10 @@ class _Run:
         while len(self.unread) > leave:
             step, batch, on_device = self.unread.popleft()
             numbers = {name: value.item() for name, value in jax.device_get(on_device).items()}
-            if not numbers.pop("finite"):
-                raise self._not_finite(step, batch, numbers)
-            self.meter.add(numbers)
+            if numbers.pop("finite"):
+                self.meter.add(numbers)
+            else:
+                self._not_finite(step, batch, numbers)
             self.log.progress(step)
             if step % every == 0 or step == steps:
                 timing = self.meter.timing(step)
@@ -286,19 +294,25 @@ class _Run:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
 
-    def _not_finite(self, step: int, batch: dict[str, jax.Array], numbers: dict[str, float]) -> Diverged:
+    def _not_finite(self, step: int, batch: dict[str, jax.Array], numbers: dict[str, float]) -> None:
+        """Raises what is to be said of a step that failed, unless the config says to go on without it."""
+        source = self.experiment.source
         values = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("loss", "grad_norm", "lr"))
-        names, what = [], "its examples"
+        in_a_row = self.meter.lose(numbers)
+        if self.experiment.config.on_not_finite == "skip" and in_a_row < MOST_IN_A_ROW:
+            lost = names(source, indices(batch, self.experiment.mesh))
+            if jax.process_index() == 0:
+                _LOG.warning("Step %d is not finite (%s) and changes nothing; its examples: %s", step, values, lost)
+            return
+        found, what = [], "its examples"
         try:
             found = find_culprits(self.parts.step, self.state, batch, self.experiment.mesh)
             what = "it is so for these" if len(found) < len(batch["index"]) else what
-            for index in found:
-                names.append(f"example {index}")
-                names[-1] = str(self.experiment.source.read(index)["id"])
-        except Exception:  # naming the examples must not hide what happened
-            names.append("...")
-        return Diverged(
-            f"Step {step} is not finite ({values}); {what}: {', '.join(names)}. Look at them, lower "
+        except Exception:  # looking for them must not hide what happened
+            what = "its examples could not be found out"
+        more = f" It is the {in_a_row}th such step in a row." if in_a_row >= MOST_IN_A_ROW else ""
+        raise Diverged(
+            f"Step {step} is not finite ({values}); {what}: {names(source, found)}.{more} Look at them, lower "
             f"optimizer.learning_rate or set optimizer.clip_norm. {self._last_good()}"
         )
 
@@ -318,6 +332,16 @@ class _Run:
             jax.profiler.stop_trace()
             self.log.say(f"Profile written to {self.workdir / 'profile'}")
         return False
+
+
+def _freeze_garbage_collection() -> None:
+    """Leaves everything that exists now out of Python's later searches for garbage in cycles.
+
+    Python looks through the old objects only once they have become a quarter more, and importing and compiling made a
+    million. Figures of picture sheets and the like, which are cycles, would wait for hours, holding their arrays.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _due(experiment: Any, step: int, done: set[str]) -> list[Any]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_experiment import tiny_experiment
+from tiny_experiment import PoisonedTask, arrays, lines, tiny_experiment
 
 from jax_densevit.errors import UserError
 from jax_densevit.pretrained import memory
@@ -75,6 +75,37 @@ def test_clocks_that_jump_back_and_stand_still(tmp_path, monkeypatch):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     assert Checkpoints(tmp_path / "run", read_only=True).steps()[-1] == 12
     assert len((tmp_path / "run/timings.jsonl").read_text().splitlines()) == 7
+
+
+def test_skipped_steps_change_nothing_and_are_counted(tmp_path, monkeypatch, caplog):
+    """One example is poison, and each epoch of three steps loses one: however often the run is stopped."""
+
+    def experiment():
+        made = tiny_experiment(steps=9, save_every=2, evaluate=False, log_every=4, on_not_finite="skip")
+        made.task = PoisonedTask(made.task, 5)
+        return made
+
+    assert train(experiment(), tmp_path / "straight", quiet=True) == 0
+    said = [line for line in caplog.messages if "is not finite (loss nan" in line]
+    assert len(said) == 3 and all("bar 5" in line and line.count("bar ") == 8 for line in said)
+    logged = lines(tmp_path / "straight", "metrics.jsonl")
+    assert sum(line.get("not_finite", 0) for line in logged) == 3
+    assert all(np.isfinite(line["loss"]) for line in logged)
+    for stop_at in (3, 5, 6, None):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.StopRequest, "reached", lambda self, step, stop_at=stop_at: step == stop_at)
+            assert train(experiment(), tmp_path / "parts", quiet=True) == (75 if stop_at else 0)
+    assert arrays(tmp_path / "parts", 9) == arrays(tmp_path / "straight", 9)
+    assert lines(tmp_path / "parts", "metrics.jsonl") == logged
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_stop(tmp_path):
+    experiment = tiny_experiment(save_every=4, evaluate=False, log_every=2, on_not_finite="skip")
+    experiment.task = PoisonedTask(experiment.task, -1)
+    with pytest.raises(UserError, match="Step 10 is not finite .* It is the 10th such step in a row.* saved step is 8"):
+        train(experiment, tmp_path, quiet=True)
+    assert lines(tmp_path, "metrics.jsonl")[0] == {"step": 2, "not_finite": 2}
+    assert Checkpoints(tmp_path, read_only=True).steps() == [4, 8]
 
 
 def test_an_average_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):

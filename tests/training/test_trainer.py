@@ -13,30 +13,14 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tiny_experiment import Bars, tiny_experiment
+from tiny_experiment import Bars, PoisonedTask, arrays, lines, tiny_experiment
 
 from jax_densevit.errors import UserError
 from jax_densevit.models.output import QueryOutput
 from jax_densevit.tasks.instances import InstancesTask
 from jax_densevit.training import trainer
 from jax_densevit.training.checkpoint import Checkpoints
-from jax_densevit.training.paths import named_leaves
 from jax_densevit.training.trainer import train
-
-
-def lines(workdir, name="metrics.jsonl"):
-    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-
-
-def arrays(workdir, step):
-    """Every array of a checkpoint, as bytes."""
-    checkpoints = Checkpoints(workdir, read_only=True)
-    found = {}
-    for which in ("params", "ema"):
-        found |= {
-            f"{which}/{k}": v.tobytes() for k, v in named_leaves(checkpoints.restore_variables(step, which)).items()
-        }
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -144,21 +128,6 @@ def test_signal_during_an_evaluation_leaves_it_and_repeats_it(tmp_path, finished
     assert not any("evaluator" in line for line in lines(tmp_path))
     assert train(tiny_experiment(save_every=0), tmp_path, quiet=True) == 0
     assert (tmp_path / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
-
-
-class PoisonedTask:
-    """A task whose loss is not finite for one example."""
-
-    def __init__(self, task, index):
-        self._task, self._index = task, index
-
-    def __getattr__(self, name):
-        return getattr(self._task, name)
-
-    def loss(self, output, batch):
-        terms = self._task.loss(output, batch)
-        poison = jax.numpy.where((batch["index"] == self._index).any(), jax.numpy.nan, 0.0)
-        return {name: term.replace(sum=term.sum + poison) for name, term in terms.items()}
 
 
 def test_not_finite_stops_and_names_the_examples(tmp_path):

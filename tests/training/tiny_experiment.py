@@ -23,8 +23,10 @@ from jax_densevit.errors import UserError
 from jax_densevit.hosts import together
 from jax_densevit.models.output import DenseOutput
 from jax_densevit.tasks.segmentation import SegmentationTask
+from jax_densevit.training.checkpoint import Checkpoints
 from jax_densevit.training.mesh import make_mesh
 from jax_densevit.training.optimizer import make_optimizer
+from jax_densevit.training.paths import named_leaves
 from jax_densevit.training.trainer import train
 
 INFO = DataInfo("bars", classes=("dark", "bright"), palette=((0, 0, 0), (255, 255, 255)))
@@ -71,6 +73,21 @@ class Bars:
         labels[:, rng.integers(1, 8) :] = 1
         image = np.clip(labels[..., None] * 90 + rng.integers(0, 140, (8, 8, 3)), 0, 255).astype(np.uint8)
         return {"image": image, "labels": labels, "id": f"bar {index}"}
+
+
+class PoisonedTask:
+    """A task whose loss is not finite for one example; for each, when its index is negative."""
+
+    def __init__(self, task, index):
+        self._task, self._index = task, index
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def loss(self, output, batch):
+        terms = self._task.loss(output, batch)
+        poison = jax.numpy.where(((batch["index"] == self._index) | (self._index < 0)).any(), jax.numpy.nan, 0.0)
+        return {name: term.replace(sum=term.sum + poison) for name, term in terms.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +172,22 @@ def tiny_experiment(
         evaluators=evaluators if evaluate else (),
         augment=lambda batch: augment(batch, flip=0.5, vertical_flip=0.0, rotate90=False, photometric=False),
     )
+
+
+def lines(workdir, name="metrics.jsonl"):
+    """The records of a log of a run."""
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def arrays(workdir, step):
+    """Every array of a checkpoint, as bytes."""
+    checkpoints = Checkpoints(workdir, read_only=True)
+    found = {}
+    for which in ("params", "ema"):
+        found |= {
+            f"{which}/{k}": v.tobytes() for k, v in named_leaves(checkpoints.restore_variables(step, which)).items()
+        }
+    return found
 
 
 def main(argv):
