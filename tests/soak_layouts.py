@@ -3,8 +3,9 @@
     python tests/soak_layouts.py [--tiny] [--steps 2] [--only NAME ...]
     python tests/soak_layouts.py --bytes        what a device holds of published models, and nothing is trained
 
-Parameters have the published widths or half of them, pictures are small. Exit code 0 when the losses and norms of every
-step and the parameters afterwards are those of one device within 1e-5, in float32. `--tiny` takes the models of the
+Parameters have the published widths or half of them, pictures are small. Exit code 0 when the losses of every step are
+those of one device within 1e-5, in float32, and norms of gradients, parameters and momentum afterwards within 1e-4:
+gradients are sums over all pixels, in another order, and larger models round more. `--tiny` takes the models of the
 tests, the smallest that eight devices divide (`tests/training/test_step_models.py` runs some of them on some layouts).
 """
 
@@ -28,7 +29,7 @@ import layouts  # noqa: E402
 
 from jax_densevit.training.mesh import make_mesh  # noqa: E402
 
-LIMIT = 1e-5
+LIMIT, ROUNDING = 1e-5, 1e-4  # of losses; of everything else
 _INSTANCES = {"slots": 4}
 _COLTRAN = {"variant": "small", "image_size": 16}
 _DEPTH = {"encoder_layers": 2, "outer_layers": 1, "inner_layers": 1}
@@ -84,6 +85,11 @@ def print_bytes() -> None:
         print(f"{title:36}", *(f"{cell:>17}" for cell in cells))
 
 
+def losses(numbers: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Of the numbers of every step, the loss and its terms."""
+    return [{name: value for name, value in step.items() if name.startswith("loss")} for step in numbers]
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,7 +105,7 @@ def main() -> int:
     if unknown := set(given.only or ()) - table.keys():
         parser.error(f"there is no {' and no '.join(sorted(unknown))} among {', '.join(table)}")
     failed = []
-    print(f"{'model':20} {'layout':16} {'losses':>8} {'state':>8}   bytes on the fullest device")
+    print(f"{'model':20} {'layout':16} {'losses':>8} {'numbers':>8} {'state':>8}   bytes on the fullest device")
     for name in given.only or table:
         subject = layouts.subject(name, table)
         start = time.process_time()
@@ -107,14 +113,20 @@ def main() -> int:
         size = max(held.values())
         for layout, sizes in layouts.LAYOUTS.items():
             found, after, held = layouts.trained(*subject, make_mesh(**sizes), given.steps, **options)
-            losses, where = layouts.largest_difference(numbers, found)
-            difference, place = layouts.largest_difference(state, after)
-            share = max(held.values()) / size
-            print(f"{name:20} {layout:16} {losses:8.1e} {difference:8.1e}   1/{1 / share:.2f}", flush=True)
-            if max(losses, difference) > LIMIT:
-                failed.append(f"{name}, {layout}: {max((losses, where), (difference, place))}")
+            compared = {
+                "losses": (*layouts.largest_difference(losses(numbers), losses(found)), LIMIT),
+                "numbers": (*layouts.largest_difference(numbers, found), ROUNDING),
+                "state": (*layouts.largest_difference(state, after), ROUNDING),
+            }
+            cells = " ".join(f"{difference:8.1e}" for difference, _, _ in compared.values())
+            print(f"{name:20} {layout:16} {cells}   1/{size / max(held.values()):.2f}", flush=True)
+            failed += [
+                f"{name}, {layout}, {what}: {difference:.1e} at {where}"
+                for what, (difference, where, limit) in compared.items()
+                if difference > limit
+            ]
         print(f"{'':20} {size / 2**20:.1f} MiB on one device; {time.process_time() - start:.0f} s of CPU", flush=True)
-    print("\n".join(failed) if failed else f"All within {LIMIT:g} of one device")
+    print("\n".join(failed) if failed else f"Losses within {LIMIT:g} of one device, the rest within {ROUNDING:g}")
     return 1 if failed else 0
 
 

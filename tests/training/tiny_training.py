@@ -86,7 +86,7 @@ def tiny_batch(size=16, seed=0, ignored=True):
 class Training:
     """A state and its compiled step on a mesh."""
 
-    def __init__(self, *, model=None, task=None, batch=None, mesh=None, config=None, rules=(), minimum_bytes=2**22,
+    def __init__(self, *, model=None, task=None, batch=None, mesh=None, config=None, rules=(), minimum_bytes=None,
                  ema=0.0, steps=100, freeze=True, start=None, **options):  # fmt: skip
         self.mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         self.model, self.task = model or TinyModel(), task or TinyTask()
