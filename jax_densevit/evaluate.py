@@ -26,6 +26,7 @@ from jax_densevit.experiment import Evaluator, Loaded, build_evaluators, load, v
 from jax_densevit.hosts import add_flags, together
 from jax_densevit.training.evaluation import Evaluation, evaluate, save_evaluation
 from jax_densevit.training.mesh import make_mesh
+from jax_densevit.training.processes import check_agreement, check_same_data
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,6 +53,9 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     mesh = make_mesh()
     loaded = load(arguments.workdir, step=arguments.step, which=arguments.which, decode=decode, mesh=mesh)
     evaluators = _evaluators(loaded, arguments.name, data, decode)
+    given = {name: getattr(arguments, name) for name in ("name", "which", "batch_size", "limit")}
+    check_agreement({"step": loaded.step, "flags": {**given, **options}})
+    check_same_data({one.name: one.source for one in evaluators})
     console = Console()
     for evaluator in evaluators:
         with progress_bar(evaluator.name) as progress:

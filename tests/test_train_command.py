@@ -138,6 +138,8 @@ def test_saved_on_eight_devices_evaluated_on_one_and_by_two_processes(config, tm
     two = json.loads((tmp_path / "eval/val-4.json").read_text())
     assert two["device"].startswith("2 x ") and two["examples"] == 5
     assert two["summary"] == pytest.approx(alone["summary"], abs=2e-3)
+    for code, _, said in run_together(command, environment, second=("--limit", "3")):
+        assert code == 1 and "error: The processes do not agree. Process 0 -> process 1: flags.limit: None -> 3" in said
     # The same command again: done already; and from the shell an error is one sentence.
     assert train.main([f"--config={config}", "--workdir", str(tmp_path)]) == 0
     assert "has reached step 4 already" in capsys.readouterr().out

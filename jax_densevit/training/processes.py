@@ -63,8 +63,8 @@ def check_same_data(sources: Mapping[str, Source]) -> None:
     of their names: a copy of the data that lacks a file gives another order, and all batches mix without a word.
     """
     if jax.process_count() > 1:
-        check_agreement({f"data.{name}.examples": len(source) for name, source in sources.items()})
-        check_agreement({f"data.{name}": _names(source) for name, source in sources.items()})
+        seen = {name: {"examples": len(source), "names": _names(source)} for name, source in sources.items()}
+        check_agreement({f"data.{name}": facts for name, facts in seen.items()})
 
 
 def _names(source: Source) -> dict[str, str]:

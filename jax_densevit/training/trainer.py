@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jax_densevit.errors import UserError
 from jax_densevit.manifest import write_text
+from jax_densevit.training.allocator import give_back_freed_memory, leave_out_of_garbage_collection
 from jax_densevit.training.checkpoint import Checkpoints
 from jax_densevit.training.culprits import find_culprits, indices, names
 from jax_densevit.training.evaluation import evaluate, save_evaluation
@@ -182,7 +183,8 @@ class _Run:
             if step == first_step:  # compiling is over
                 self.read()
                 self.log.say(f"step {step}: first step done after {time.perf_counter() - clock:.1f} s (compiling)")
-                _freeze_garbage_collection()
+                leave_out_of_garbage_collection()
+                give_back_freed_memory()
                 self.meter.restart_clock(step)
             stopping = self.stop.reached(step)
             due = [] if stopping else _due(experiment, step, set())
@@ -279,6 +281,7 @@ class _Run:
             if best:
                 self.log.say(f"step {step} is the best so far by {self.checkpoints.scores.score}")
                 self.save(state, step)
+        give_back_freed_memory()
         self.meter.restart_clock(step)
         return True
 
@@ -332,16 +335,6 @@ class _Run:
             jax.profiler.stop_trace()
             self.log.say(f"Profile written to {self.workdir / 'profile'}")
         return False
-
-
-def _freeze_garbage_collection() -> None:
-    """Leaves everything that exists now out of Python's later searches for garbage in cycles.
-
-    Python looks through the old objects only once they have become a quarter more, and importing and compiling made a
-    million. Figures of picture sheets and the like, which are cycles, would wait for hours, holding their arrays.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _due(experiment: Any, step: int, done: set[str]) -> list[Any]:
