@@ -25,7 +25,7 @@ TRAINING = (
     "--config=configs/quickstart.py:quick",
     "--config.steps=10000000",
     "--config.log.every=100",
-    # Every three minutes or so. TensorStore leaks with each (docs/reliability.md), a quarter of a megabyte for this model.
+    # Every three minutes or so. TensorStore leaks a quarter of a megabyte with each: docs/reliability.md.
     "--config.checkpoint.every=10000",
     "--config.checkpoint.best=val/mIoU",
     "--config.eval.val.every=500",
