@@ -6,22 +6,27 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jax_densevit.data.source import DataInfo
 from jax_densevit.errors import UserError
 from jax_densevit.training.checkpoint import Checkpoints
 from jax_densevit.training.paths import first_match, named_leaves
 from jax_densevit.training.state import TrainState
 
 
-def take_over(state: TrainState, workdir: str | Path, leave_out: Sequence[str] = ()) -> tuple[TrainState, str]:
+def take_over(
+    state: TrainState, workdir: str | Path, leave_out: Sequence[str] = (), info: DataInfo | None = None
+) -> tuple[TrainState, str]:
     """A fresh state with the parameters and statistics of another workdir (its moving average where it has one).
 
     Args:
       state: a fresh state; its optimizer state and its step stay as they are.
       workdir: of the other run.
       leave_out: regular expressions over parameter paths: what matches keeps its initial value.
+      info: of the data that training goes on with, to say where its normalisation is another one. Published recipes
+        do that too (SETR's, whose ViT was trained with another), so it is no error.
 
     Returns:
-      (state, a sentence that says what was taken over, left out and not used).
+      (state, what to tell the user: what was taken over, left out and not used, and another normalisation).
 
     Raises:
       UserError: no intact checkpoint there; a parameter that is missing or of another shape or dtype and not left out;
@@ -71,4 +76,17 @@ def take_over(state: TrainState, workdir: str | Path, leave_out: Sequence[str] =
         f"Started from {workdir} (step {step}, {which}): {taken} arrays taken over, {len(left)} left at their initial "
         f"values, {unused} of the other run not used."
     )
+    before = other.read_meta(step).get("info")
+    if info is not None and before and (then := _input(DataInfo.from_json(before))) != (now := _input(info)):
+        sentence += f" Images came to it with {then}, and come with {now} now: see mean and std of the data source."
     return state.replace(params=new["params"], statistics=new["statistics"], ema=average), sentence
+
+
+def _input(info: DataInfo) -> str:
+    """What is done to the values of an image before the model gets them."""
+    numbers = {
+        "mean": info.mean,
+        "std": info.std,
+        **({"contrast stretched to percentiles": info.stretch} if info.stretch else {}),
+    }
+    return ", ".join(f"{name} {' '.join(f'{value:.3g}' for value in values)}" for name, values in numbers.items())

@@ -106,7 +106,7 @@ def train(experiment: Any, workdir: str | Path, *, quiet: bool = False, strict: 
         else:
             state = parts.fresh()
             if config.init.workdir:
-                state, sentence = take_over(state, config.init.workdir, tuple(config.init.leave_out))
+                state, sentence = take_over(state, config.init.workdir, tuple(config.init.leave_out), experiment.info)
                 log.say(sentence)
             log.say(f"Training {experiment.steps} steps from the start in {workdir}")
         saved = checkpoints.read_data(start) if found is not None else {}

@@ -1,5 +1,6 @@
 """The training loop: starts, resumes to the bit, keeps the best, stops, refuses."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -221,7 +222,8 @@ def test_takes_over_the_parameters_of_another_run(finished, tmp_path, capsys):
     taken = {key: value for key, value in arrays(tmp_path, 1).items() if "params/params" in key}
     source = arrays(finished, step)
     assert taken == {key: source[key.replace("params/params", "ema/params")] for key in taken}
-    assert "7 arrays taken over, 0 left" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "7 arrays taken over, 0 left" in said and "Images came" not in said
 
     wide = tiny_experiment(steps=1, evaluate=False, **{"init.workdir": str(finished)})
     wide.model = wide.model.clone(width=9)
@@ -229,7 +231,10 @@ def test_takes_over_the_parameters_of_another_run(finished, tmp_path, capsys):
         train(wide, tmp_path / "wide", quiet=True)
     with wide.config.unlocked():
         wide.config.init.leave_out = ("stem", "norm", "head/kernel")
-    assert train(wide, tmp_path / "wide", quiet=True) == 0
+    wide.info = dataclasses.replace(wide.info, mean=(0.5,) * 3)
+    assert train(wide, tmp_path / "wide") == 0
+    said = capsys.readouterr().out
+    assert "Images came to it with mean 0.485 0.456 0.406, std" in said and "with mean 0.5 0.5 0.5, std" in said
     with pytest.raises(UserError, match="There is no checkpoint"):
         train(tiny_experiment(**{"init.workdir": str(tmp_path / "none")}), tmp_path / "other", quiet=True)
 
