@@ -3,7 +3,10 @@
 Automatic FSDP: tensors are divided over "fsdp" along their largest dimension that can be, the largest tensors first,
 until what every device still holds whole is small beside its share: small tensors cost more to gather than they save.
 Rules go first, those of the config and then those of the layers that models are made of (tensor parallelism), and leave
-the dimensions that they do not name to FSDP.
+the dimensions that they do not name to FSDP. What they leave alone altogether FSDP divides over "tensor" as well.
+
+A dimension's axes are in an order: those from "fsdp" on are storage, and gathered before a model computes; those before
+it divide the work.
 
 Rules know layers, not stacks of them: where layers are scanned, the axis that counts them is not a dimension of a rule.
 """
@@ -58,7 +61,7 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), min
     decided = first_match([pattern for pattern, _ in rules], leaves, "sharding_rules")
     parts, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     divided: dict[str, list[tuple[str, ...]]] = {}  # axis names per dimension
-    free: dict[str, int] = {}  # the dimension that FSDP may take
+    free: dict[str, tuple[int, tuple[str, ...]]] = {}  # the dimension that FSDP may take, and over which axes
     for name, leaf in leaves.items():
         layers = 1 if STACKED_LAYERS.search(name) else 0
         shape = leaf.shape[layers:]
@@ -76,12 +79,14 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), min
         if not automatic:
             continue
         possible = [d for d in range(len(shape)) if not axes[d] and shape[d] % parts == 0]
+        both = [d for d in possible if shape[d] % (parts * tensor) == 0] if tensor > 1 and not any(axes) else []
         # Where nothing else is left (vectors, depthwise kernels), the parts that "tensor" makes are divided further.
         possible = possible or [
             d for d in range(len(shape)) if axes[d] and shape[d] % (parts * _parts(axes[d], mesh)) == 0
         ]
         if possible:
-            free[name] = layers + max(possible, key=lambda d, shape=shape: shape[d])
+            dimension = layers + max(both or possible, key=lambda d, shape=shape: shape[d])
+            free[name] = (dimension, ("fsdp", "tensor") if both else ("fsdp",))
     if tensor > 1 and not any("tensor" in names for axes in divided.values() for names in axes):
         raise UserError(
             f"mesh.tensor is {tensor}, but nothing of this model is divided over it, so its devices would repeat each "
@@ -93,20 +98,20 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), min
             name: size_in_bytes(leaf) // math.prod(_parts(names, mesh) for names in divided[name])
             for name, leaf in leaves.items()
         }
-        taken = _worth_dividing(sizes, free, parts)
+        taken = _worth_dividing(sizes, set(free), COPIES * sum(map(size_in_bytes, leaves.values())) / (parts * tensor))
     else:
         taken = {name for name in free if size_in_bytes(leaves[name]) >= minimum_bytes}
     for name in taken:
-        divided[name][free[name]] = (*divided[name][free[name]], "fsdp")
+        dimension, axes = free[name]
+        divided[name][dimension] += axes
     return jax.tree_util.tree_map_with_path(
         lambda path, _: NamedSharding(mesh, _spec(divided[path_name(path)])), params
     )
 
 
-def _worth_dividing(sizes: dict[str, int], free: dict[str, int], parts: int) -> set[str]:
-    """All of `free` but the smallest, which with what cannot be divided stay below `COPIES` of a device's share."""
+def _worth_dividing(sizes: dict[str, int], free: set[str], budget: float) -> set[str]:
+    """All of `free` but the smallest, which with what cannot be divided have at most so many bytes."""
     whole = sum(size for name, size in sizes.items() if name not in free)
-    budget = COPIES * sum(sizes.values()) / parts
     names = sorted(free, key=lambda name: sizes[name])
     while names and whole + sizes[names[0]] <= budget:
         whole += sizes[names.pop(0)]
@@ -153,11 +158,11 @@ def _normal(pattern: str, axes: Sequence[str | Sequence[str] | None]) -> list[tu
             raise UserError(f"sharding_rules: {pattern!r} names the mesh axis {name!r}{did_you_mean(name, AXES)}")
         if named.count(name) > 1:
             raise UserError(f"sharding_rules: {pattern!r} names the mesh axis {name!r} twice.")
-    return given
+    return [tuple(sorted(names, key="fsdp".__eq__)) for names in given]  # what a rule divides otherwise is work
 
 
 def gather(params: Any, shardings: Any) -> Any:
-    """Parameters as a model should compute with them: whole along "fsdp", still divided along "tensor". Inside `jit`.
+    """Parameters as a model should compute with them: whole but for what "tensor" divides of the work. Inside `jit`.
 
     Without this the compiler lets activations inherit the division of the parameters, and every device ends up with the
     activations of the whole batch. What comes back as gradient is to be constrained to `shardings` again.
@@ -216,7 +221,8 @@ def _layer_of(sharding: NamedSharding) -> NamedSharding:
 
 def _whole(sharding: NamedSharding) -> NamedSharding:
     axes = [(axis,) if isinstance(axis, str) else axis or () for axis in sharding.spec]
-    return NamedSharding(sharding.mesh, _spec([tuple(a for a in names if a != "fsdp") for names in axes]))
+    work = [names[: names.index("fsdp")] if "fsdp" in names else names for names in axes]
+    return NamedSharding(sharding.mesh, _spec(work))
 
 
 def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:

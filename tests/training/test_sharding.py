@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jax_densevit.errors import UserError
 from jax_densevit.training.mesh import make_mesh
 from jax_densevit.training.paths import named_leaves
-from jax_densevit.training.sharding import large_replicated, like_parameters, parameter_shardings
+from jax_densevit.training.sharding import gather, large_replicated, like_parameters, parameter_shardings
 
 SHAPES = {
     "encoder": {"mlp": {"kernel": (64, 256), "bias": (256,)}, "qkv": {"kernel": (3, 64, 64)}},
@@ -53,7 +53,7 @@ def test_rules_go_first_and_fsdp_takes_a_dimension_that_they_leave():
     found = specs(make_mesh(data=2, fsdp=2, tensor=2), rules)
     assert found["encoder"]["mlp"]["kernel"] == P("fsdp", "tensor")
     assert found["encoder"]["mlp"]["bias"] == P("tensor")
-    assert found["encoder"]["qkv"]["kernel"] == P(None, None, ("fsdp", "tensor"))
+    assert found["encoder"]["qkv"]["kernel"] == P(None, None, ("tensor", "fsdp"))
 
 
 def test_a_rule_without_axes_keeps_whole_copies():
@@ -122,6 +122,24 @@ def test_what_the_axis_does_not_divide_stays_whole_or_goes_to_fsdp():
     assert found["encoder/blocks_1_3/mlp/fc1/kernel"] == P(None, "fsdp", "tensor")  # never the axis of layers
     with pytest.raises(UserError, match="mesh.tensor is 8, but nothing of this model is divided over it"):
         parameter_shardings(shapes({"qkv": {"kernel": (8, 3, 4, 2)}}), make_mesh(data=1, tensor=8))
+
+
+def test_what_no_rule_divides_is_stored_over_both_axes_and_gathered_from_both():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    tree = shapes({"token": (1, 64), "odd": (63, 34), "mlp": {"fc1": {"kernel": (32, 64), "bias": (64,)}}})
+    places = parameter_shardings(tree, mesh, minimum_bytes=0)
+    assert {name: place.spec for name, place in named_leaves(places).items()} == {
+        "token": P(None, ("fsdp", "tensor")),
+        "odd": P(None, "fsdp"),  # 34 is no multiple of 4
+        "mlp/fc1/kernel": P("fsdp", "tensor"),
+        "mlp/fc1/bias": P(("tensor", "fsdp")),
+    }
+    params = jax.device_put(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), tree), places)
+    used = named_leaves(jax.jit(lambda params: gather(params, places))(params))
+    assert {name: leaf.sharding.spec for name, leaf in used.items() if not leaf.is_fully_replicated} == {
+        "mlp/fc1/kernel": P(None, "tensor"),
+        "mlp/fc1/bias": P("tensor"),
+    }
 
 
 def test_vectors_that_tensor_divides_are_divided_further():

@@ -18,9 +18,10 @@ UNTRAINED = ("inception_fid", "efficientnet_lite")
 def test_bytes_fall_as_one_over_the_devices(name, variant, options):
     state = state_of(name, variant, **options)
     total = sum(map(size_in_bytes, jax.tree.leaves(state)))
-    for count in (1, 2, 4, 8):
-        mesh = make_mesh(data=1, fsdp=count, devices=jax.devices()[:count])
-        assert 1 <= held(state, shardings_of(state, mesh)) * count / total < 1.09, count
+    for fsdp, tensor in ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (2, 4)):
+        count = fsdp * tensor
+        mesh = make_mesh(data=1, fsdp=fsdp, tensor=tensor, devices=jax.devices()[:count])
+        assert 1 <= held(state, shardings_of(state, mesh)) * count / total < 1.09, (fsdp, tensor)
 
 
 @pytest.mark.parametrize(("name", "variant"), [("instance_seq2seg", "token"), ("coltran_color_upsampler", "ColTran")])
