@@ -210,8 +210,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.batch < 1 or arguments.rounds < 1:
         raise UserError("--batch and --rounds must be at least 1.")
     jobs = [parse_job(text) for text in arguments.models]
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()  # for ours and the peers alike
+    keep_freed_memory()  # for ours and the peers alike; nothing has asked JAX for its devices yet
     peers = None
     if arguments.peers:
         from jax_densevit import benchmark_peers as peers  # PyTorch and its friends are an extra

@@ -4,28 +4,30 @@ import platform
 import subprocess
 import sys
 
+import pytest
+
+from jax_densevit.training import allocator
 from jax_densevit.training.allocator import keep_freed_memory
 
+# A program with 256 MB of working memory: 65,536 pages.
 SCRIPT = """
-import ctypes, resource, sys
+import resource, sys
+import jax, jax.numpy as jnp
 from jax_densevit.training.allocator import keep_freed_memory
 done = keep_freed_memory() if sys.argv[1] == "keep" else True
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-size = 100 << 20
-def touch():
-    block = libc.malloc(size)
-    ctypes.memset(block, 1, size)
-    libc.free(block)
-touch()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    touch()
-print(done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+x = jnp.ones((8192, 8))
+program = jax.jit(lambda x: jnp.sin(x[:, :1] * x[:, 0]) @ x).lower(x).compile()
+assert program.memory_analysis().temp_size_in_bytes >= 256 << 20
+counts = []
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    program(x).block_until_ready()
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(done, min(counts))
 """
 
 
-def test_second_use_of_a_block_faults_no_pages():
+def test_another_execution_of_a_program_faults_no_pages():
     if not (sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"):
         assert keep_freed_memory() is False  # nothing to be done with another allocator, and said so
         return
@@ -34,7 +36,14 @@ def test_second_use_of_a_block_faults_no_pages():
         done, count = subprocess.check_output([sys.executable, "-c", SCRIPT, mode], text=True).split()
         assert done == "True"
         faults[mode] = int(count)
-    assert faults["keep"] < 100 < faults["default"]
+    # Of six executions the one with the fewest, because at some the block moves.
+    assert faults["keep"] < 1000 < faults["default"]
+
+
+@pytest.mark.parametrize("platforms", ["cuda,cpu", "tpu"])
+def test_hosts_of_accelerators_are_left_alone(monkeypatch, platforms):
+    monkeypatch.setattr(allocator.jax, "config", type("Config", (), {"jax_platforms": platforms}))
+    assert keep_freed_memory() is False
 
 
 PINNED = """
