@@ -23,7 +23,7 @@ from jax_densevit.errors import UserError
 from jax_densevit.experiment import build
 from jax_densevit.hosts import add_flags, together
 from jax_densevit.planning import device_counts, dry_run, virtual_devices
-from jax_densevit.training.allocator import keep_freed_memory
+from jax_densevit.training.allocator import keep_freed_memory, limit_arenas
 from jax_densevit.training.stored import local_folder
 from jax_densevit.training.trainer import train
 
@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
         return code
     if arguments.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(local_folder(arguments.compile_cache)))
+    limit_arenas()
     if arguments.keep_memory and not keep_freed_memory():
         raise UserError(
             "--keep_memory is for JAX on CPUs alone, on Linux with glibc (JAX_PLATFORMS=cpu says so to JAX)."

@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[str, dict, str, dict, int]] = {
     "setr": ("setr_pup", {"variant": "S/16", "image_size": 64, "scan": True, "remat": "full"}, "segmentation", {}, 64),
     "dpt": ("dpt", {"variant": "base", "num_layers": 4, "image_size": 64}, "segmentation", {}, 64),
     "uformer": ("uformer", {"variant": "S", "depths": (2,) + (1,) * 8}, "colorization", {}, 32),
-    "unet": ("unet", {"variant": "64"}, "segmentation", {}, 32),
+    "unet": ("unet", {"variant": "64"}, "segmentation", {}, 64),
     "unet_lite": ("unet_lite", {}, "segmentation", {}, 64),
     "axial": ("axial", {"num_layers": 4, "scan": True}, "segmentation", {}, 16),
     "colorizer": (

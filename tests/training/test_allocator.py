@@ -81,3 +81,37 @@ def test_freed_pages_go_back_and_cycles_are_collected():
     assert (gone, frozen) == ("2", "True")
     if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc":
         assert int(given_back) > 100  # of 114 MiB
+
+
+ARENAS = """
+import ctypes, os, sys, threading
+from jax_densevit.training.allocator import limit_arenas
+os.cpu_count = lambda: 2
+if sys.argv[1] == "limit":
+    limit_arenas()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+all_there = threading.Barrier(12)
+def take():
+    libc.malloc(1000)
+    all_there.wait()
+threads = [threading.Thread(target=take) for _ in range(12)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc.fopen.restype = ctypes.c_void_p
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+libc.malloc_info(0, libc.fopen(b"/dev/stdout", b"w"))
+libc.fflush(None)
+"""
+
+
+def test_threads_share_as_many_arenas_as_there_are_cores():
+    if not (sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"):
+        return
+    arenas = {
+        mode: subprocess.check_output([sys.executable, "-c", ARENAS, mode], text=True).count("<heap nr=")
+        for mode in ("limit", "default")
+    }
+    assert arenas["limit"] <= 2 < arenas["default"]
