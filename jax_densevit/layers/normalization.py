@@ -91,22 +91,42 @@ def _layer_norm(x, scale, bias, epsilon, dtype):
 
 
 def _layer_norm_forward(x, scale, bias, epsilon, dtype):
+    normal, mean, factor = _normalised(x, epsilon)
+    return (normal * scale + bias).astype(dtype), (x, mean, factor, scale)
+
+
+def _normalised(x, epsilon):
+    """`x` less its mean over its deviation, in float32, the mean, and one over the deviation."""
     wide = x.astype(jnp.float32)
     mean = wide.mean(axis=-1, keepdims=True)
     factor = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + epsilon)
-    y = (wide - mean) * factor * scale + bias
-    return y.astype(dtype), (x, mean, factor, scale)
+    return (wide - mean) * factor, mean, factor
 
 
 def _layer_norm_backward(epsilon, dtype, kept, dy):
-    x, mean, factor, scale = kept
     # Behind a barrier, or the compiler keeps the normalised input of the forward pass in memory instead.
-    x, dy = jax.lax.optimization_barrier((x, dy.astype(jnp.float32)))
-    normal = (x.astype(jnp.float32) - mean) * factor
+    x, *numbers, dy = jax.lax.optimization_barrier((*kept, dy.astype(jnp.float32)))
+
+    def again(x, mean, factor, scale, dy):
+        # On a CPU the statistics are computed anew for each gradient: so this and the forward pass are three programs
+        # that read their input once. Shared, they go through memory, repeated along the rows.
+        normal, _, factor = _normalised(x, epsilon)
+        return _gradients(normal, _normalised(jax.lax.optimization_barrier(x), epsilon)[0], factor, scale, dy)
+
+    def shared(x, mean, factor, scale, dy):
+        normal = (x.astype(jnp.float32) - mean) * factor
+        return _gradients(normal, normal, factor, scale, dy)
+
+    dx, dscale, dbias = jax.lax.platform_dependent(x, *numbers, dy, cpu=again, default=shared)
+    return dx.astype(x.dtype), dscale, dbias
+
+
+def _gradients(normal, same, factor, scale, dy):
+    """To the input, the scale and the bias; `same` is `normal` for that of the scale."""
     dnormal = dy * scale
     dx = dnormal - dnormal.mean(axis=-1, keepdims=True) - normal * (dnormal * normal).mean(axis=-1, keepdims=True)
-    rows = tuple(range(x.ndim - 1))
-    return (factor * dx).astype(x.dtype), (dy * normal).sum(rows), dy.sum(rows)
+    rows = tuple(range(normal.ndim - 1))
+    return factor * dx, (dy * same).sum(rows), dy.sum(rows)
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

@@ -193,9 +193,11 @@ class WindowAttention(nn.Module):
         size, window, heads = x.shape[1:3], self.window, self.num_heads
         head = (heads, x.shape[-1] // heads)
         init = nn.initializers.truncated_normal(0.02)
+        # Heads to the front and tokens into windows in one transposition of each; a linear layer sees windows already,
+        # and one map is rolled instead of three.
         if self.projection == "linear":
             qkv = nn.DenseGeneral((3, *head), dtype=self.dtype, kernel_init=init, dot_general=flat_product, name="qkv")(
-                x
+                partition(x, window, self.shift)
             )
             qkv = [qkv[..., i, :, :] for i in range(3)]
         else:
@@ -203,9 +205,8 @@ class WindowAttention(nn.Module):
             if valid is not None and not cyclic:
                 x = jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
             project = functools.partial(ConvProjection, head, window, self.shift, cyclic, self.dtype)
-            qkv = [project(name=name)(x) for name in ("query", "key", "value")]
-        # Heads to the front and tokens into windows in one transposition of each.
-        q, k, v = (partition(y, window, self.shift).transpose(0, 1, 2, 5, 3, 4, 6) for y in qkv)
+            qkv = [partition(project(name=name)(x), window, self.shift) for name in ("query", "key", "value")]
+        q, k, v = (y.transpose(0, 1, 2, 5, 3, 4, 6) for y in qkv)
         windows = q.shape[:4]
         q, k, v = (y.reshape(y.shape[0], -1, heads, window * window, y.shape[-1]) for y in (q, k, v))
         table = self.param("position_bias", init, ((2 * window - 1) ** 2, heads))
@@ -219,7 +220,7 @@ class WindowAttention(nn.Module):
             bias = bias if extra is None else bias + extra[:, :, None]
         y = attend_by_head(q, k, v, bias=bias, mask=mask)
         y = y.reshape(*windows, window, window, -1).transpose(0, 1, 2, 4, 5, 3, 6)
-        y = merge(y, size, self.shift)
-        return nn.DenseGeneral(
+        y = nn.DenseGeneral(
             x.shape[-1], axis=(-2, -1), dtype=self.dtype, kernel_init=init, dot_general=flat_product, name="out"
         )(y)
+        return merge(y, size, self.shift)

@@ -8,23 +8,31 @@ import pytest
 from jax_densevit.layers.depthwise import DepthwiseConv, depthwise
 
 
-def grouped(x, kernel, stride):
+def grouped(x, kernel, stride, bias):
     numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
+    y = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), "SAME", dimension_numbers=numbers, feature_group_count=x.shape[-1]
     )
+    return y + bias
 
 
-@pytest.mark.parametrize("size,stride", [(3, 1), (3, 2), (5, 1), (5, 2), (4, 3), (1, 2)])
-def test_equals_the_grouped_convolution(size, stride):
+@pytest.mark.parametrize(
+    "size,stride,platform",
+    [(3, 1, "cpu"), (3, 2, "cpu"), (5, 1, "cpu"), (5, 2, "cpu"), (4, 3, "cpu"), (1, 2, "cpu")]
+    # Other platforms than CPUs sum the gradient to the kernel at once.
+    + [(3, 1, "default"), (4, 3, "default")],
+)
+def test_equals_the_grouped_convolution(size, stride, platform, monkeypatch):
     """Even and odd sides: where a stride leaves a border of another width on each side, the wider one comes last."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **ways: ways[platform](*args))
     rng = np.random.default_rng(0)
+    bias = jnp.asarray(rng.normal(size=3), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(size, size, 1, 3)), jnp.float32)
     for shape in ((2, 6, 9, 3), (1, 1, 2, 3)):
         x = jnp.asarray(rng.normal(size=shape), jnp.float32)
         results = []
         for function in (depthwise, grouped):
-            y, pull = jax.vjp(lambda x, kernel, function=function: function(x, kernel, stride), x, kernel)
+            y, pull = jax.vjp(lambda *args, function=function: function(*args[:2], stride, args[2]), x, kernel, bias)
             results.append((y, *pull(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))))
         for ours, theirs in zip(*results, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)

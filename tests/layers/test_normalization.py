@@ -75,13 +75,18 @@ def test_one_value_per_channel_is_refused():
         BatchNorm().init(jax.random.key(0), jnp.ones((1, 4)), train=True)
 
 
-def test_layer_norm_is_that_of_flax_in_value_and_gradient():
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_layer_norm_is_that_of_flax_in_value_and_gradient(platform, monkeypatch):
+    """On a sharded batch; on other platforms than CPUs the gradient takes another way."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **ways: ways[platform](*args))
     rng = np.random.default_rng(2)
-    x = jnp.asarray(rng.normal(50, 2, (2, 3, 8)), jnp.float32)
+    mesh = jax.sharding.Mesh(jax.devices()[:2], "data")
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = jax.device_put(jnp.asarray(rng.normal(50, 2, (2, 3, 8)), jnp.float32), sharding)
     dy = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
     params = {"scale": jnp.asarray(rng.uniform(0.5, 2, 8), jnp.float32), "bias": jnp.arange(8.0)}
     ours, theirs = (
-        jax.vjp(lambda p, x, layer=layer: layer.apply({"params": p}, x), params, x)
+        jax.vjp(jax.jit(lambda p, x, layer=layer: layer.apply({"params": p}, x)), params, x)
         for layer in (LayerNorm(1e-5), nn.LayerNorm(epsilon=1e-5, use_fast_variance=False))
     )
     np.testing.assert_allclose(ours[0], theirs[0], atol=1e-5)
