@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="no lines and no progress bar")
     parser.add_argument("--strict", action="store_true", help="stop at a damaged checkpoint, do not use the one before")
     parser.add_argument("--compile_cache", metavar="DIR", help="keep compiled programs here: a restart starts sooner")
-    parser.add_argument("--keep_memory", action="store_true", help="on CPUs: faster steps, two to three times the memory")
+    parser.add_argument(
+        "--keep_memory", action="store_true", help="on CPUs: faster steps, up to three times the memory"
+    )
     add_flags(parser)
     overrides, rest = split_overrides(list(argv))
     arguments = parser.parse_args(rest)
