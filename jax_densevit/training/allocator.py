@@ -22,8 +22,8 @@ def keep_freed_memory() -> bool:
     An XLA program takes its working memory in one block, gigabytes for a training step, at every execution. By default
     glibc maps such a block afresh each time, and the system zeroes it page by page while the program first touches it:
     a fifth to a third of the processor time of a Uformer's step. The price is memory: the process holds the most it
-    ever used, and up to three times that, where what was allocated in between leaves no place large enough and the block
-    moves. Accelerators gain nothing.
+    ever used, and up to three times that, where what was allocated in between leaves no place large enough and the
+    block moves. Accelerators gain nothing.
 
     To be called before JAX starts its backend. XLA allocates in threads of its own, and only what comes from the main
     arena is kept: other arenas map large blocks whatever they are told, and a thread stays with the arena it has.
