@@ -10,7 +10,10 @@ This file and `pretrained/orbax_files.py` are the only ones that import Orbax (t
 import logging
 import re
 import shutil
+import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +131,10 @@ class Checkpoints(StoredSteps):
     def _get_writer(self) -> ocp.AsyncCheckpointer:
         if self._writer is None:
             # Orbax logs the traceback of what it raises; we say it in one sentence.
-            logging.getLogger("absl").setLevel(logging.CRITICAL)
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+            if not isinstance(sys.unraisablehook, _Hook):
+                sys.unraisablehook = _Hook(sys.unraisablehook)  # for good: its threads may end after this object
             processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
             self._writer = ocp.AsyncCheckpointer(
                 ocp.CompositeCheckpointHandler(),
@@ -171,10 +177,16 @@ class Checkpoints(StoredSteps):
         shutil.rmtree(doomed, ignore_errors=True)
 
     def _abandon(self) -> None:
-        """Frees the space of a save that failed."""
-        if jax.process_index() == 0:
-            for path in self.folder.glob(f"{self._saving}.unverified*"):
+        """Frees the space of a save that failed. Threads of TensorStore may still be writing, and make folders anew."""
+        gone = 0
+        for _ in range(50 if jax.process_index() == 0 else 0):
+            left = list(self.folder.glob(f"{self._saving}.unverified*"))
+            gone = 0 if left else gone + 1
+            if gone == 3:
+                return
+            for path in left:
                 shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.1)
 
     def _failed(self, error: BaseException) -> UserError:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -324,6 +336,20 @@ class Checkpoints(StoredSteps):
             raise UserError(
                 f"Another process did not arrive at {name!r} within {seconds} s: look at its log."
             ) from error
+
+
+class _Hook:
+    """In place of `sys.unraisablehook`: says nothing of TensorStore's threads that end after Orbax gave up a save.
+
+    Each would print a traceback about a closed event loop. Why the save failed is said elsewhere.
+    """
+
+    def __init__(self, before: Callable[[Any], Any]):
+        self.before = before
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.before(unraisable)
 
 
 def _read(folder: Path, arguments: ocp.args.Composite) -> Any:

@@ -85,7 +85,7 @@ def test_print():
 
 
 def test_print_names_large_whole_copies_and_unknown_counts():
-    training = Training(mesh=make_mesh(data=1, fsdp=8))
+    training = Training(mesh=make_mesh(data=1, fsdp=8), minimum_bytes=2**22)
     found = overview(training.step, training.abstract, training.shardings, training.shapes, minimum_bytes=1000)
     lines = io.StringIO()
     print_overview(found, "", Console(file=lines, width=120))
