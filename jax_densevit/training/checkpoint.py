@@ -133,8 +133,9 @@ class Checkpoints(StoredSteps):
             # Orbax logs the traceback of what it raises; we say it in one sentence.
             for name in ("absl", "asyncio"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
-            if not isinstance(sys.unraisablehook, _Hook):
-                sys.unraisablehook = _Hook(sys.unraisablehook)  # for good: its threads may end after this object
+            # For good: its threads may end after this object.
+            if not isinstance(sys.unraisablehook, _ClosedLoopsUnsaid):
+                sys.unraisablehook = _ClosedLoopsUnsaid(sys.unraisablehook)
             processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
             self._writer = ocp.AsyncCheckpointer(
                 ocp.CompositeCheckpointHandler(),
@@ -178,8 +179,10 @@ class Checkpoints(StoredSteps):
 
     def _abandon(self) -> None:
         """Frees the space of a save that failed. Threads of TensorStore may still be writing, and make folders anew."""
+        if jax.process_index() != 0:
+            return
         gone = 0
-        for _ in range(50 if jax.process_index() == 0 else 0):
+        for _ in range(50):
             left = list(self.folder.glob(f"{self._saving}.unverified*"))
             gone = 0 if left else gone + 1
             if gone == 3:
@@ -338,7 +341,7 @@ class Checkpoints(StoredSteps):
             ) from error
 
 
-class _Hook:
+class _ClosedLoopsUnsaid:
     """In place of `sys.unraisablehook`: says nothing of TensorStore's threads that end after Orbax gave up a save.
 
     Each would print a traceback about a closed event loop. Why the save failed is said elsewhere.

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -98,7 +98,7 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), min
             name: size_in_bytes(leaf) // math.prod(_parts(names, mesh) for names in divided[name])
             for name, leaf in leaves.items()
         }
-        taken = _worth_dividing(sizes, set(free), COPIES * sum(map(size_in_bytes, leaves.values())) / (parts * tensor))
+        taken = _worth_dividing(sizes, free, COPIES * sum(map(size_in_bytes, leaves.values())) / (parts * tensor))
     else:
         taken = {name for name in free if size_in_bytes(leaves[name]) >= minimum_bytes}
     for name in taken:
@@ -109,7 +109,7 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), min
     )
 
 
-def _worth_dividing(sizes: dict[str, int], free: set[str], budget: float) -> set[str]:
+def _worth_dividing(sizes: dict[str, int], free: Collection[str], budget: float) -> set[str]:
     """All of `free` but the smallest, which with what cannot be divided have at most so many bytes."""
     whole = sum(size for name, size in sizes.items() if name not in free)
     names = sorted(free, key=lambda name: sizes[name])

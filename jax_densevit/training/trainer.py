@@ -303,19 +303,20 @@ class _Run:
         values = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("loss", "grad_norm", "lr"))
         in_a_row = self.meter.lose(numbers)
         if self.experiment.config.on_not_finite == "skip" and in_a_row < MOST_IN_A_ROW:
-            lost = names(source, indices(batch, self.experiment.mesh))
+            lost = indices(batch, self.experiment.mesh)  # every process takes part in it
             if jax.process_index() == 0:
-                _LOG.warning("Step %d is not finite (%s) and changes nothing; its examples: %s", step, values, lost)
+                text = "Step %d is not finite (%s) and changes nothing; its examples: %s"
+                _LOG.warning(text, step, values, names(source, lost))
             return
-        found, what = [], "its examples"
         try:
             found = find_culprits(self.parts.step, self.state, batch, self.experiment.mesh)
-            what = "it is so for these" if len(found) < len(batch["index"]) else what
+            what = "it is so for these" if len(found) < len(batch["index"]) else "its examples"
+            what = f"{what}: {names(source, found)}"
         except Exception:  # looking for them must not hide what happened
-            what = "its examples could not be found out"
+            what = "its examples: ..."
         more = f" It is the {in_a_row}th such step in a row." if in_a_row >= MOST_IN_A_ROW else ""
         raise Diverged(
-            f"Step {step} is not finite ({values}); {what}: {names(source, found)}.{more} Look at them, lower "
+            f"Step {step} is not finite ({values}); {what}.{more} Look at them, lower "
             f"optimizer.learning_rate or set optimizer.clip_norm. {self._last_good()}"
         )
 
